@@ -1,0 +1,44 @@
+# Targets for people and for continuous integration.  `make demo` and `make test` need nothing but git, make and Python.
+BIN := .venv/bin
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test lint format lock clean
+
+help:
+	@echo "make setup   Debian packages that are missing, and .venv"
+	@echo "make demo    three nodes on this machine: a disk moves while it is in use"
+	@echo "make test    lint, types and all tests (PYTEST_ARGS='-k name' for some)"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  rewrites the sources as ruff wants them"
+	@echo "make lock    newest versions into the lock files"
+	@echo "make clean   removes what these targets made"
+
+setup:
+	@deploy/setup.sh
+
+demo: setup
+	@$(BIN)/python deploy/demo.py
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	UKAI_REQUIRE_FUSE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: setup
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lock: setup
+	$(BIN)/python -m venv build/lock
+	build/lock/bin/pip --quiet install pip-tools
+	CUSTOM_COMPILE_COMMAND="make lock" build/lock/bin/pip-compile --quiet --upgrade --strip-extras --generate-hashes \
+	    --no-emit-index-url --no-emit-find-links --extra dev --output-file requirements.lock pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" build/lock/bin/pip-compile --quiet --upgrade --allow-unsafe --generate-hashes \
+	    --no-emit-index-url --no-emit-find-links --output-file requirements-build.lock requirements-build.in
+
+clean:
+	rm -rf .venv build dist ukai.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find ukai tests deploy bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Tests of UKAI, in tiers: pure, tables, real processes, real FUSE."""
