@@ -10,9 +10,7 @@ _skipped: list[str] = []
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> pytest.TestReport:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> pytest.TestReport:
     """Turn a skip of a FUSE test into a failure where FUSE is required."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("fuse") and _required():
