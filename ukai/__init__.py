@@ -1,0 +1,3 @@
+"""UKAI: centrally controllable distributed local storage for virtual-machine disks."""
+
+__version__ = "0.1.0"

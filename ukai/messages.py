@@ -1,0 +1,121 @@
+"""Messages: a msgpack map as header, and for some a payload of raw bytes in a frame of its own.
+
+Pure: no socket in here.  ``PROTOCOL.md`` beside this file is the specification; a change there and here goes
+with a new ``VERSION``.  An unknown field is ignored, an unknown version is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import msgpack
+
+from ukai.errors import RemoteProtocolError, UkaiError, VersionError, from_wire
+
+VERSION = 1
+
+HEADER_LIMIT_BYTES = 4 * 2**20
+COLLECTION_LIMIT = 200_000
+
+Header: TypeAlias = dict[str, Any]
+Ranges: TypeAlias = list[tuple[int, int]]
+
+_packb = msgpack.Packer(autoreset=True).pack
+
+
+def pack(header: Header) -> bytes:
+    """Encode a header; ``v`` is added."""
+    header["v"] = VERSION
+    data: bytes = _packb(header)
+    return data
+
+
+def unpack(frame: bytes | memoryview) -> Header:
+    """Decode one header frame.
+
+    Raises RemoteProtocolError for anything that is not a map with text keys within the limits, VersionError
+    for a version that is not ours.
+    """
+    if len(frame) > HEADER_LIMIT_BYTES:
+        raise RemoteProtocolError(f"header of {len(frame)} bytes is over the limit of {HEADER_LIMIT_BYTES}")
+    try:
+        header = msgpack.unpackb(
+            frame,
+            max_array_len=COLLECTION_LIMIT,
+            max_map_len=COLLECTION_LIMIT,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError, OverflowError) as e:
+        raise RemoteProtocolError(f"header is not valid msgpack: {type(e).__name__}") from None
+    if type(header) is not dict:
+        raise RemoteProtocolError("header is not a map")
+    version = header.get("v")
+    if version != VERSION:
+        raise VersionError(f"protocol version {version!r} is not {VERSION}; run the same release on all nodes")
+    return header
+
+
+def error_reply(error: BaseException) -> Header:
+    """The fields of a reply that reports ``error``."""
+    if isinstance(error, UkaiError):
+        reply: Header = {"err": error.code, "msg": error.message}
+        if error.details:
+            reply["details"] = error.details
+        return reply
+    return {"err": "failed", "msg": f"internal error: {type(error).__name__}: {error}"}
+
+
+def raise_error(reply: Header) -> None:
+    """Raise the error that a reply carries, if it carries one."""
+    if (code := reply.get("err")) is not None:
+        error = from_wire(code, reply.get("msg", ""))
+        details = reply.get("details")
+        error.details = {str(k): v for k, v in details.items()} if isinstance(details, dict) else {}
+        raise error
+
+
+def integer(header: Header, name: str, low: int = 0, high: int = 2**63 - 1, default: int | None = None) -> int:
+    """The whole number ``name`` of a peer's message.  Raises RemoteProtocolError."""
+    value = header.get(name, default)
+    if type(value) is not int or not low <= value <= high:
+        raise RemoteProtocolError(f"field {name}: a whole number from {low} to {high} is wanted, not {value!r:.50}")
+    return value
+
+
+def text(header: Header, name: str, limit: int = 4096, default: str | None = None) -> str:
+    """The text ``name`` of a peer's message.  Raises RemoteProtocolError."""
+    value = header.get(name, default)
+    if type(value) is not str or len(value) > limit:
+        raise RemoteProtocolError(f"field {name}: a text of at most {limit} characters is wanted, not {value!r:.50}")
+    return value
+
+
+def flag(header: Header, name: str) -> bool:
+    """The truth value ``name``, false when absent.  Raises RemoteProtocolError."""
+    value = header.get(name, False)
+    if type(value) is not bool:
+        raise RemoteProtocolError(f"field {name}: true or false is wanted, not {value!r:.50}")
+    return value
+
+
+def texts(header: Header, name: str, limit: int = 10_000) -> list[str]:
+    """The list of texts ``name``, empty when absent.  Raises RemoteProtocolError."""
+    value = header.get(name, [])
+    if type(value) is not list or len(value) > limit or any(type(v) is not str for v in value):
+        raise RemoteProtocolError(f"field {name}: a list of texts is wanted, not {value!r:.50}")
+    return value
+
+
+def ranges(header: Header, name: str, high: int = 2**63 - 1) -> Ranges:
+    """The list of ``[first, last]`` block ranges ``name`` (both ends included), empty when absent."""
+    value = header.get(name, [])
+    if type(value) is not list:
+        raise RemoteProtocolError(f"field {name}: a list of ranges is wanted")
+    out: Ranges = []
+    for item in value:
+        if type(item) is not list or len(item) != 2 or type(item[0]) is not int or type(item[1]) is not int:
+            raise RemoteProtocolError(f"field {name}: a range is [first, last], not {item!r:.50}")
+        if not 0 <= item[0] <= item[1] <= high:
+            raise RemoteProtocolError(f"field {name}: range {item} is out of order or out of bounds")
+        out.append((item[0], item[1]))
+    return out
