@@ -1,3 +1,45 @@
 """What all tests share."""
 
-pytest_plugins = ["tests.plugins.fuse_required"]
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import Cluster
+
+pytest_plugins = ["tests.plugins.leaks", "tests.plugins.logs", "tests.plugins.fuse_required"]
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.fuse) for name in ("mfusepy", "fusepy")])
+def binding(request: pytest.FixtureRequest) -> str:
+    """Each FUSE binding in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Clusters that run, from the arguments of ``Cluster`` after the first.
+
+    After the test everything is healed, all in-sync copies of every block are compared, and nothing may be left.
+    """
+    made: list[Cluster] = []
+
+    def make(*args: object, **kwargs: object) -> Cluster:
+        one = Cluster(tmp_path / f"cluster{len(made)}", *args, **kwargs)  # type: ignore[arg-type]
+        made.append(one)
+        one.start_all()
+        return one
+
+    faults: list[str] = []
+    try:
+        yield make
+        for one in made:
+            one.heal()
+            one.compare_replicas()
+    finally:
+        for one in made:
+            faults += one.close()
+    assert not faults, "; ".join(faults)

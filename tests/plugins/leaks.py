@@ -1,0 +1,72 @@
+"""A thread, process, socket, mount or loop device that outlives its test fails the test.
+
+What fixtures of a wider scope hold was there before the test and is looked at when the session ends.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import machine
+
+GRACE_S = 3.0
+
+
+def _held() -> set[str]:
+    held = {f"thread {thread.name}" for thread in threading.enumerate()}
+    held |= {f"process {child.pid}" for child in psutil.Process().children(recursive=True)}
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(fd)
+        except OSError:
+            continue
+        if target.startswith("socket:"):
+            held.add(target)
+    held |= {f"mount {mount.where}" for mount in machine.mounts()}
+    held |= {f"loop device {device} on {backing}" for device, backing in machine.loop_devices().items()}
+    return held
+
+
+def _check(before: set[str]) -> None:
+    try:
+        machine.wait_for(lambda: not _mine(_held() - before), "the end of what a test began", GRACE_S)
+    except AssertionError:
+        left = sorted(_mine(_held() - before))
+    else:
+        return
+    pytest.fail("left behind: " + ", ".join(map(_described, left)), pytrace=False)
+
+
+def _described(what: str) -> str:
+    kind, _, pid = what.partition(" ")
+    if kind != "process":
+        return what
+    try:
+        return f"{what} {' '.join(psutil.Process(int(pid)).cmdline())}"
+    except psutil.Error:
+        return what
+
+
+def _mine(held: set[str]) -> set[str]:
+    """Without what others on this machine mount meanwhile: only what lies under our own temporary directories."""
+    return {h for h in held if not h.startswith(("mount ", "loop device ")) or "pytest-" in h}
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    before = _held()
+    yield
+    _check(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_leaks_at_the_end() -> Iterator[None]:
+    before = _held()
+    yield
+    _check(before)
