@@ -1,0 +1,126 @@
+"""``ukai-ctl sync``: bring copies back in sync while the image is in use (R11)."""
+
+from __future__ import annotations
+
+import click
+
+from ukai.ctl import render, schema
+from ukai.ctl.params import (
+    BLOCKS,
+    IMAGE,
+    NODE,
+    RATE,
+    Group,
+    Session,
+    once_each,
+    pass_session,
+    within_image,
+)
+from ukai.ctl.schema import Map
+from ukai.ctl.waiting import wait_for_job
+from ukai.ranges import show
+
+
+@click.group(name="sync", cls=Group)
+def group() -> None:
+    """Bring out-of-sync copies up to date, while guests write."""
+
+
+@group.command(
+    example=(
+        "ukai-ctl sync start image01 --wait\nukai-ctl sync start image01 --node 192.0.2.101 --blocks 0-63 --rate 50M"
+    )
+)
+@click.argument("image", type=IMAGE)
+@click.option("--node", "nodes", type=NODE, multiple=True, metavar="NODE", help="Only this location; repeat for more.")
+@click.option("--blocks", type=BLOCKS, metavar="A-B", help="Only these, as 0-3,7.  [default: all that are out-of-sync]")
+@click.option("--rate", type=RATE, default="default", metavar="RATE", help="Bytes per second, as 100M, or none.")
+@click.option("--wait", is_flag=True, help="Show progress until it ends; exit code 1 unless it is done.")
+@pass_session
+def start(
+    session: Session,
+    image: str,
+    nodes: tuple[str, ...],
+    blocks: list[tuple[int, int]] | None,
+    rate: int,
+    wait: bool,
+) -> None:
+    """Start a resync, or take up one that was stopped.
+
+    Only blocks that are out-of-sync are compared, and only what differs is copied.  Ctrl-C during --wait leaves the
+    resync running.
+    """
+    targets = once_each(nodes, "node")
+    with session.client() as client:
+        fields = {"name": image, "nodes": targets, "ranges": within_image(client, image, blocks), "rate": rate}
+        job = schema.job(client.call("sync.start", fields).get("job"))
+        if wait:
+            job = wait_for_job(session, client, job)
+    _show_job(session, job)
+    if wait and job["state"] != "done":
+        session.out.remark(f"ukai-ctl: resync of {image} {job['state']}: {job['reason'] or 'no reason was given'}")
+        raise click.exceptions.Exit(1)
+
+
+@group.command(example="ukai-ctl sync stop image01")
+@click.argument("image", type=IMAGE)
+@pass_session
+def stop(session: Session, image: str) -> None:
+    """Stop a resync.  `sync start` takes it up where it was."""
+    _show_job(session, schema.job(session.ask("sync.stop", {"name": image}).get("job")))
+
+
+@group.command(example="ukai-ctl sync rate image01 50M")
+@click.argument("image", type=IMAGE)
+@click.argument("rate", type=RATE)
+@pass_session
+def rate(session: Session, image: str, rate: int) -> None:
+    """Limit a resync that runs: bytes per second, `none`, or `default` for the nodes' setting."""
+    _show_job(session, schema.job(session.ask("sync.rate", {"name": image, "rate": rate}).get("job")))
+
+
+@group.command(example="ukai-ctl sync status\nukai-ctl sync status image01 --json")
+@click.argument("image", type=IMAGE, default="", required=False)
+@pass_session
+def status(session: Session, image: str) -> None:
+    """Show how far resyncs are, and why one stands still."""
+    jobs = schema.jobs(session.ask("sync.status", {"name": image}).get("jobs"))
+    if session.as_json:
+        session.out.json({"jobs": jobs})
+        return
+    if not jobs:
+        session.out.line("no resync was ordered")
+    for number, job in enumerate(jobs):
+        if number:
+            session.out.line()
+        _picture(session, job)
+
+
+def _show_job(session: Session, job: Map) -> None:
+    if session.as_json:
+        session.out.json({"job": job})
+    else:
+        _picture(session, job)
+
+
+def _picture(session: Session, job: Map) -> None:
+    total, done = job["bytes_total"], job["bytes_done"]
+    percent = f" ({100 * done / total:.1f} %)" if total and done is not None else ""
+    blocks = f", {job['blocks_done'] or 0} of {job['blocks_total']} blocks" if job["blocks_total"] is not None else ""
+    limit = job["rate_limit"]
+    limits = "" if limit is None or limit < 0 else ", no limit" if limit == 0 else f", limit {render.rate(limit)}"
+    reason = f": {job['reason']}" if job["reason"] else ""
+    session.out.line(render.heading(f"{job['image']}"))
+    session.out.pairs(
+        [
+            ("state", render.styled(job["state"], reason)),
+            ("targets", ", ".join(job["nodes"]) or "all locations"),
+            ("blocks", show((a, b) for a, b in job["ranges"]) or "all that are out-of-sync"),
+            ("done", f"{render.size(done)} of {render.size(total)}{percent}{blocks}"),
+            ("copied", render.size(job["bytes_copied"])),
+            ("skipped as equal", f"{render.size(job['bytes_equal'])}, holes {render.size(job['bytes_hole'])}"),
+            ("rate", render.rate(job["rate"]) + limits),
+            ("time left", render.duration(job["eta"])),
+            ("started", f"{render.moment(job['started'])} on {job['coordinator'] or 'no node yet'}"),
+        ]
+    )
