@@ -149,9 +149,7 @@ class Nodes:
             done = self._ctl("node", "list", "--json", "--timeout", "2", capture_output=True)
             if done.returncode != 0:
                 return False
-            shown = json.loads(done.stdout)
-            nodes = shown["nodes"] if isinstance(shown, dict) else shown
-            up = {n["address"] for n in nodes if n["state"] == "up"}
+            up = {n["address"] for n in json.loads(done.stdout)["nodes"] if n["state"] == "up"}
             return up == set(ADDRESSES) and all(mounted_under(node.mount) for node in self.nodes)
 
         until(ready, "three nodes up and mounted", timeout_s)
@@ -170,8 +168,8 @@ class Nodes:
         done = self._ctl("image", "show", name, "--json", capture_output=True)
         if done.returncode != 0:
             raise DemoError(f"ukai-ctl image show ended with exit code {done.returncode}: {done.stderr.strip()}")
-        shown: dict[str, Any] = json.loads(done.stdout)
-        return shown
+        image: dict[str, Any] = json.loads(done.stdout)["image"]
+        return image
 
     def stop(self) -> list[str]:
         """End and unmount everything and remove the directory; returns what did not go by itself."""
