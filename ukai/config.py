@@ -124,7 +124,8 @@ def load(path: str | None = None, env: dict[str, str] | None = None) -> Config:
 
 
 def _convert(name: str, value: Any) -> Any:
-    meta, kind = KEYS[name].metadata, type(KEYS[name].default)
+    meta = KEYS[name].metadata
+    kind: Any = type(KEYS[name].default)
     if isinstance(value, bool):
         raise ValueError("a number or a text is wanted, not true or false")
     if kind is str:

@@ -16,6 +16,8 @@ VERSION = 1
 
 HEADER_LIMIT_BYTES = 4 * 2**20
 COLLECTION_LIMIT = 200_000
+REPLY_LIMIT_BYTES = 512 * 2**20
+"""Largest reply taken from a process that we connected to: a snapshot of the metadata may be large."""
 
 Header: TypeAlias = dict[str, Any]
 Ranges: TypeAlias = list[tuple[int, int]]
@@ -30,19 +32,20 @@ def pack(header: Header) -> bytes:
     return data
 
 
-def unpack(frame: bytes | memoryview) -> Header:
-    """Decode one header frame.
+def unpack(frame: bytes | memoryview, limit: int = HEADER_LIMIT_BYTES) -> Header:
+    """Decode one header frame of at most ``limit`` bytes.
 
     Raises RemoteProtocolError for anything that is not a map with text keys within the limits, VersionError
     for a version that is not ours.
     """
-    if len(frame) > HEADER_LIMIT_BYTES:
-        raise RemoteProtocolError(f"header of {len(frame)} bytes is over the limit of {HEADER_LIMIT_BYTES}")
+    if len(frame) > limit:
+        raise RemoteProtocolError(f"header of {len(frame)} bytes is over the limit of {limit}")
+    elements = max(COLLECTION_LIMIT, limit // 8)
     try:
         header = msgpack.unpackb(
             frame,
-            max_array_len=COLLECTION_LIMIT,
-            max_map_len=COLLECTION_LIMIT,
+            max_array_len=elements,
+            max_map_len=elements,
             max_ext_len=0,
         )
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError, OverflowError) as e:

@@ -3,22 +3,22 @@
 Pure.  State changes only by ``Cluster.apply(change)``: metad applies a change, stores it and publishes it;
 a mirror applies the same change in the same order.  A change is a map with a kind ``t``:
 
-| t            | fields                                                    | effect                                     |
-|--------------|-----------------------------------------------------------|--------------------------------------------|
-| image        | uuid and any fields of ``Image.row()``                    | image made or altered                      |
-| image-drop   | uuid                                                      | image forgotten                            |
-| replicas     | uuid, node, ranges [[first, last, status, gen, reason]]   | replicas set (status −1: location removed) |
-| active       | uuid, add [[first, last]], del [[first, last]]            | active blocks                              |
-| node         | address and any fields of ``Node.row()``                  | node made or altered                       |
-| node-drop    | address                                                   | node forgotten                             |
-| job          | uuid and any fields of ``Job.row()``                      | resync order made or altered               |
-| job-drop     | uuid                                                      | resync order forgotten                     |
+| t          | fields                                                   | effect                                     |
+|------------|----------------------------------------------------------|--------------------------------------------|
+| image      | uuid and any fields of ``Image.row()``                   | image made or altered                      |
+| image-drop | uuid                                                     | image forgotten                            |
+| replicas   | uuid, node, ranges [[first, last, status, gen, reason]]  | replicas set (status -1: location removed) |
+| active     | uuid, add [[first, last]], del [[first, last]]           | active blocks                              |
+| node       | address and any fields of ``Node.row()``                 | node made or altered                       |
+| node-drop  | address                                                  | node forgotten                             |
+| job        | uuid and any fields of ``Job.row()``                     | resync order made or altered               |
+| job-drop   | uuid                                                     | resync order forgotten                     |
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ class Replica(NamedTuple):
 
 @dataclass(slots=True)
 class Image:
+    """One image: sizes in bytes, who may write it, and where its blocks are."""
+
     uuid: str
     name: str = ""
     size: int = 0
@@ -62,10 +64,15 @@ class Image:
     epoch: int = 0
     lost: dict[str, int] = field(default_factory=dict)
     """node → the epoch at which it lost the writer role to another: its handles opened below are stale (R2)."""
+    former: str = ""
+    """The last writer, where its process ended without a release: its handles may still be open (R2)."""
     replication: str = "sync"
     checksum: bool = False
     locations: dict[str, RangeMap[Replica]] = field(default_factory=dict)
     active: RangeSet = field(default_factory=RangeSet)
+    before: dict[str, RangeMap[int]] = field(default_factory=dict)
+    """location → generation that its replicas of the active blocks had before these were made active: a crash
+    between announcing a block and its first write leaves no more than that on the node."""
 
     @property
     def block_count(self) -> int:
@@ -87,6 +94,7 @@ class Image:
             "writer": self.writer,
             "epoch": self.epoch,
             "lost": dict(self.lost),
+            "former": self.former,
             "replication": self.replication,
             "checksum": self.checksum,
         }
@@ -98,6 +106,49 @@ class Image:
     def replicas(self, index: int) -> dict[str, Replica]:
         """location → replica of block ``index``."""
         return {n: r for n, where in self.locations.items() if (r := where.get(index)) is not None}
+
+    def required(self, node: str, index: int) -> int:
+        """The generation below which ``node``'s replica of a block is an older copy (R8)."""
+        replica = self.replica(node, index)
+        if replica is None:
+            return 0
+        earlier = self.before[node].get(index) if node in self.before else None
+        return replica.generation if earlier is None else min(earlier, replica.generation)
+
+    def activate(self, first: int, last: int) -> None:
+        """Make blocks active; the generation they have until then is remembered."""
+        self.active.add(first, last)
+        for node, where in self.locations.items():
+            earlier = self.before.setdefault(node, RangeMap())
+            for a, b, replica in where.within(first, last):
+                for c, d in earlier.gaps(a, b):
+                    earlier.set(c, d, replica.generation)
+            if not len(earlier):
+                del self.before[node]
+
+    def retire(self, first: int, last: int) -> None:
+        self.active.discard(first, last)
+        for node in list(self.before):
+            self._forget_before(node, first, last)
+
+    def set_replicas(self, node: str, items: Iterable[Sequence[Any]]) -> None:
+        """Set ``[first, last, status, generation, reason]``; status ``REMOVED`` takes the replica away."""
+        mine = self.locations.setdefault(node, RangeMap())
+        for first, last, status, generation, reason in items:
+            if status == REMOVED:
+                mine.remove(first, last)
+                self._forget_before(node, first, last)
+            else:
+                mine.set(first, last, Replica(status, generation, reason))
+        if not len(mine):
+            del self.locations[node]
+
+    def _forget_before(self, node: str, first: int, last: int) -> None:
+        earlier = self.before.get(node)
+        if earlier is not None:
+            earlier.remove(first, last)
+            if not len(earlier):
+                del self.before[node]
 
     def segments(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int, dict[str, Replica]]]:
         """Cut first..last into the longest ranges in which every location has one state."""
@@ -127,14 +178,24 @@ def written(replicas: dict[str, Replica]) -> bool:
 
 @dataclass(slots=True)
 class Node:
+    """One node, as it last registered."""
+
     address: str
     store_id: str = ""
     boot_id: str = ""
     serial: int = 0
     """Grows at each registration; kept on both sides, so that an older copy of a store is found out (R8)."""
+    inc: str = ""
+    """Names the blockd process that registered last."""
 
     def row(self) -> dict[str, Any]:
-        return {"address": self.address, "store_id": self.store_id, "boot_id": self.boot_id, "serial": self.serial}
+        return {
+            "address": self.address,
+            "store_id": self.store_id,
+            "boot_id": self.boot_id,
+            "serial": self.serial,
+            "inc": self.inc,
+        }
 
 
 @dataclass(slots=True)
@@ -169,6 +230,8 @@ class Job:
 
 @dataclass(slots=True)
 class Cluster:
+    """All metadata at one sequence number."""
+
     cluster_id: str = ""
     seq: int = 0
     """Number of the last change applied; the first is 1, without gaps."""
@@ -193,22 +256,13 @@ class Cluster:
             image = self.images.pop(change["uuid"])
             del self.names[image.name]
         elif kind == "replicas":
-            where = self.images[change["uuid"]].locations
-            node = change["node"]
-            mine = where.setdefault(node, RangeMap())
-            for first, last, status, generation, reason in change["ranges"]:
-                if status == REMOVED:
-                    mine.remove(first, last)
-                else:
-                    mine.set(first, last, Replica(status, generation, reason))
-            if not len(mine):
-                del where[node]
+            self.images[change["uuid"]].set_replicas(change["node"], change["ranges"])
         elif kind == "active":
-            active = self.images[change["uuid"]].active
+            image = self.images[change["uuid"]]
             for first, last in change.get("add", ()):
-                active.add(first, last)
+                image.activate(first, last)
             for first, last in change.get("del", ()):
-                active.discard(first, last)
+                image.retire(first, last)
         elif kind == "node":
             _update(self.nodes.setdefault(change["address"], Node(change["address"])), change)
         elif kind == "node-drop":
@@ -238,6 +292,7 @@ class Cluster:
             if detail:
                 row["locations"] = {n: [[a, b, *r] for a, b, r in where] for n, where in image.locations.items()}
                 row["active"] = [list(r) for r in image.active]
+                row["before"] = {n: [list(r) for r in earlier] for n, earlier in image.before.items()}
             images.append(row)
         return {
             "cluster_id": self.cluster_id,
@@ -252,12 +307,13 @@ class Cluster:
         self = cls(cluster_id=data["cluster_id"])
         for row in data["images"]:
             image = Image(row["uuid"])
-            _update(image, {k: v for k, v in row.items() if k not in ("locations", "active")})
+            _update(image, {k: v for k, v in row.items() if k not in ("locations", "active", "before")})
             for node, items in row.get("locations", {}).items():
                 where: RangeMap[Replica] = RangeMap()
                 where.extend((a, b, Replica(s, g, r)) for a, b, s, g, r in items)
                 image.locations[node] = where
             image.active = RangeSet((a, b) for a, b in row.get("active", ()))
+            image.before = {n: RangeMap((a, b, g) for a, b, g in items) for n, items in row.get("before", {}).items()}
             self.images[image.uuid] = image
             self.names[image.name] = image.uuid
         for row in data["nodes"]:
@@ -297,8 +353,8 @@ def parse_size(text: str) -> int:
     unit = _UNITS.get(match[3].upper()) if match else None
     if match is None or unit is None:
         raise UsageError(f"{text!r:.60} is no size; write 8G, 512M, 8GiB or a number of bytes")
-    scale = 10 ** len(match[2] or "")
-    return int(match[1] + (match[2] or "")) * unit // scale
+    scale = int("1" + "0" * len(match[2] or ""))
+    return int(int(match[1] + (match[2] or "")) * unit // scale)
 
 
 def check_sizes(size: int, block_size: int) -> None:

@@ -31,4 +31,6 @@ def own_address(config: Config) -> str:
     outside = [a for a in addresses if not a.startswith("127.")]
     if len(outside) == 1:
         return outside[0]
-    raise UsageError(f"this machine has the addresses {', '.join(addresses) or 'none'}; set node_address to one of them")
+    raise UsageError(
+        f"this machine has the addresses {', '.join(addresses) or 'none'}; set node_address to one of them"
+    )

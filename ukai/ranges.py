@@ -54,6 +54,17 @@ class RangeMap(Generic[V]):
             i += 1
         return out
 
+    def gaps(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The parts of first..last that have no value."""
+        out = []
+        for a, b, _ in self.within(first, last):
+            if first < a:
+                out.append((first, a - 1))
+            first = b + 1
+        if first <= last:
+            out.append((first, last))
+        return out
+
     def remove(self, first: int, last: int) -> None:
         self._splice(first, last, None)
 
@@ -139,6 +150,10 @@ class RangeSet:
 
     def within(self, first: int, last: int) -> list[tuple[int, int]]:
         return [(a, b) for a, b, _ in self._map.within(first, last)]
+
+    def gaps(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The parts of first..last that are not in the set."""
+        return self._map.gaps(first, last)
 
     def total(self) -> int:
         """How many indexes are in the set."""

@@ -46,7 +46,7 @@ class Port:
             except zmq.Again:
                 break
             self.on_message(frames)
-            if self._closed:
+            if self.socket.closed:
                 return
         else:
             self._again = self._loop.call_soon(self._drain)
@@ -61,7 +61,7 @@ class Port:
             if e.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 return False
             raise
-        if self._again is None and self.on_message is not None and self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+        if self._again is None and self.on_message is not None and self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             self._again = self._loop.call_soon(self._drain)
         return True
 
@@ -144,7 +144,7 @@ class Requester:
             body = frames[len(self._prefix) :]
             if not body:
                 raise RemoteProtocolError("a message without a header")
-            header = messages.unpack(body[0])
+            header = messages.unpack(body[0], messages.REPLY_LIMIT_BYTES)
             number = header.get("re")
             if number is None:
                 if self._on_request is None:

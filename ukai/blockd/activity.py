@@ -1,0 +1,147 @@
+"""Active blocks: announced before the first write, retired in the background (R5).
+
+    cold ──activate at metad──▶ active ──generation stamped on every target──▶ warm ──idle, flushed──▶ retired
+
+A block is written only while it is warm.  Blocks that a former coordinator left active are active from the
+grant on, and are stamped before they are used.  How many may be active is bounded; whoever needs room retires
+the idle ones first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from ukai.errors import UkaiError
+from ukai.ranges import RangeSet, join
+
+if TYPE_CHECKING:
+    from ukai.blockd.coordinator import Coordinator
+
+
+class Activity:
+    """The active blocks of one image, in one epoch after the other."""
+
+    def __init__(self, coordinator: Coordinator, limit: int, idle_s: float, age_s: float) -> None:
+        self._c = coordinator
+        self._limit, self._idle_s, self._age_s = limit, idle_s, age_s
+        self.active: dict[int, float] = {}
+        """block → when it was announced in this epoch."""
+        self.warm: set[int] = set()
+        self._idle_since: dict[int, float] = {}
+        self._wanted: dict[int, asyncio.Future[None]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()
+
+    def begin(self, inherited: RangeSet, now: float) -> None:
+        """A new epoch begins with the blocks that the former one left active."""
+        self.end()
+        self.active = dict.fromkeys(inherited.indexes(), now)
+
+    def end(self) -> None:
+        """The role is over."""
+        self.active, self.warm, self._idle_since = {}, set(), {}
+
+    async def make_warm(self, blocks: list[int]) -> None:
+        """Announce what is cold and stamp what is active.  Raises UkaiError."""
+        loop = asyncio.get_running_loop()
+        futures = []
+        for block in blocks:
+            if block in self.warm and not self._lock.locked():
+                continue
+            if block not in self._wanted:
+                self._wanted[block] = loop.create_future()
+            futures.append(self._wanted[block])
+        if futures and self._task is None:
+            self._task = loop.create_task(self._work(), name="activate")
+        for future in futures:
+            await asyncio.shield(future)
+
+    async def _work(self) -> None:
+        while self._wanted:
+            batch = dict(list(self._wanted.items())[: max(1, self._limit // 2)])
+            error: UkaiError | None = None
+            try:
+                async with self._lock:
+                    await self._warm_up([b for b in batch if b not in self.warm])
+            except UkaiError as e:
+                error = e
+            for block, future in batch.items():
+                del self._wanted[block]
+                if future.done():
+                    continue
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+                    future.exception()  # the request may have run out of time
+        self._task = None
+
+    async def _warm_up(self, blocks: list[int]) -> None:
+        cold = [b for b in blocks if b not in self.active]
+        if cold:
+            if len(self.active) + len(cold) > self._limit:
+                await self._make_room(len(cold), set(blocks))
+            epoch = self._c.epoch
+            await self._c.ask_metad("activate", {"ranges": [list(r) for r in join(cold)]})
+            if epoch != self._c.epoch:
+                return
+            now = self._c.now()
+            for block in cold:
+                self.active[block] = now
+        await self._c.stamp(blocks)
+        self.warm.update(blocks)
+
+    # --- retiring
+
+    async def _make_room(self, count: int, keep: set[int]) -> None:
+        idle = sorted(
+            (b for b in self.active if b not in keep),
+            key=lambda b: (b in self._c.hot and self._c.hot[b].touched, self.active[b]),
+        )
+        await self._retire(idle[: max(count, self._limit // 4)])
+
+    async def tick(self) -> None:
+        """Retire what is idle or was announced long ago; called each second or so.  Raises UkaiError."""
+        now = self._c.now()
+        for block in self.active:
+            hot = self._c.hot.get(block)
+            if hot is not None and hot.touched:
+                hot.touched = False
+                self._idle_since.pop(block, None)
+            else:
+                self._idle_since.setdefault(block, now)
+        old = [b for b, at in self._idle_since.items() if now - at >= self._idle_s and b in self.active]
+        aged = [b for b, at in self.active.items() if now - at >= self._age_s]
+        if (old or aged) and not self._lock.locked():
+            async with self._lock:
+                await self._retire(sorted({*old, *aged}))
+
+    async def _retire(self, blocks: list[int]) -> None:
+        """Retire what can be: stamped, without a write under way, flushed.  The lock is held."""
+        c = self._c
+        unstamped = [b for b in blocks if b not in self.warm]
+        if unstamped:
+            await c.stamp(unstamped)
+            self.warm.update(unstamped)
+        for block in blocks:
+            c.hot.pop(block, None)
+            self.warm.discard(block)  # from now on a write waits for the lock
+        ready = [b for b in blocks if b not in c.inflight and b in self.active]
+        try:
+            if any(b in dirty for dirty in c.flusher.unflushed.values() for b in ready):
+                await c.flusher.flush()
+            ready = [b for b in ready if b not in c.inflight and b not in c.marker.pending]
+            if ready:
+                await c.ask_metad("retire", {"ranges": [list(r) for r in join(ready)]})
+        except UkaiError:
+            ready = []
+            raise
+        finally:
+            for block in blocks:
+                if block in ready:
+                    self.active.pop(block, None)
+                elif block in self.active:
+                    self.warm.add(block)
+                self._idle_since.pop(block, None)
+                c.reads.pop(block, None)

@@ -1,0 +1,103 @@
+"""Out-of-sync marks on their way to metad (R4).
+
+A mark is asked for once and then pursued until metad has committed it or the role is lost; while it is under
+way the replica is neither read nor counted.  Marks that wait together travel together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from ukai.errors import NotCoordinator, StaleEpoch, UkaiError
+from ukai.messages import Header
+from ukai.ranges import join
+
+RETRY_S = 0.1
+
+Send = Callable[[list[list[object]]], Awaitable[Header]]
+
+
+class Marker:
+    """The marks of one image in one epoch."""
+
+    def __init__(self, send: Send, on_begin: Callable[[int], None]) -> None:
+        self._send, self._on_begin = send, on_begin
+        self.pending: dict[int, dict[str, str]] = {}
+        """block → node → reason."""
+        self._waiting: dict[tuple[int, str], asyncio.Future[bool]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, block: int, node: str, reason: str) -> asyncio.Future[bool]:
+        """Ask for one mark.  The result: true when committed, false when it is the last in-sync one (R9)."""
+        key = (block, node)
+        future = self._waiting.get(key)
+        if future is None:
+            future = self._waiting[key] = asyncio.get_running_loop().create_future()
+            self.pending.setdefault(block, {})[node] = reason
+            self._on_begin(block)
+            if self._task is None:
+                self._task = asyncio.get_running_loop().create_task(self._pursue(), name="marks")
+        return future
+
+    async def mark(self, marks: list[tuple[int, str, str]]) -> list[tuple[int, str]]:
+        """Mark (block, node, reason); returns those that stay because they are the last.  Raises UkaiError."""
+        futures = [self.begin(*m) for m in marks]
+        kept = []
+        for (block, node, _), future in zip(marks, futures, strict=True):
+            if not await asyncio.shield(future):
+                kept.append((block, node))
+        return kept
+
+    def suspects(self, block: int) -> dict[str, str]:
+        """Nodes whose replica of the block is being marked."""
+        return self.pending.get(block, {})
+
+    async def settled(self, block: int) -> None:
+        """Wait until no mark of the block is under way.  Raises UkaiError."""
+        while block in self.pending:
+            node = next(iter(self.pending[block]))
+            await asyncio.shield(self._waiting[(block, node)])
+
+    async def _pursue(self) -> None:
+        while self._waiting:
+            batch = dict(self._waiting)
+            by: dict[tuple[str, str], list[int]] = {}
+            for block, node in batch:
+                by.setdefault((node, self.pending[block][node]), []).append(block)
+            marks: list[list[object]] = [
+                [node, a, b, reason] for (node, reason), blocks in by.items() for a, b in join(blocks)
+            ]
+            try:
+                reply = await self._send(marks)
+            except (StaleEpoch, NotCoordinator) as e:
+                self.abandon(e)
+                break
+            except UkaiError:
+                await asyncio.sleep(RETRY_S)
+                continue
+            kept = {(n, i) for n, a, b in reply.get("kept", []) for i in range(a, b + 1)}
+            for (block, node), future in batch.items():
+                self._forget(block, node)
+                if not future.done():
+                    future.set_result((node, block) not in kept)
+        self._task = None
+
+    def _forget(self, block: int, node: str) -> None:
+        self._waiting.pop((block, node), None)
+        nodes = self.pending.get(block)
+        if nodes is not None:
+            nodes.pop(node, None)
+            if not nodes:
+                del self.pending[block]
+
+    def abandon(self, error: UkaiError) -> None:
+        """The role is lost: whoever waits gets the error."""
+        waiting, self._waiting, self.pending = self._waiting, {}, {}
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # somebody may have stopped waiting
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+            self._task = None

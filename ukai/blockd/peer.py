@@ -1,0 +1,251 @@
+"""The connection to the blockd of another node, as its coordinators see it.
+
+    down ──hello sent──▶ greeting ──token, metadata new enough──▶ up ──no answer in time, refused, cut──▶ down
+
+One ordered connection per pair, numbered from 0 in each session (R6).  When a session ends, all that was under
+way has failed and the connection is thrown away with it: what was sent and not answered may or may not have
+been done, and can't be done later, because the replica takes numbers only with the token of the new session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from ukai.errors import NotReady, StaleEpoch, Timeout, UkaiError, Unreachable, from_wire
+from ukai.messages import Header, raise_error
+
+log = logging.getLogger(__name__)
+
+Payload = bytes | bytearray | memoryview
+Done = Callable[[UkaiError | None, Header, Payload | None], None]
+
+DOWN, GREETING, UP = "down", "greeting", "up"
+
+SLOW_OPS = frozenset({"f", "d", "h", "k", "cr", "usage"})
+"""What may take long on a busy disk while the process lives; the ping between tells that it does."""
+
+
+class Transport(Protocol):
+    """An ordered connection that may drop everything at any time."""
+
+    def send(self, header: Header, payload: Payload | None) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+Connect = Callable[[str, Callable[[Header, Payload | None], None]], Transport]
+
+
+class Peer:
+    """One other node."""
+
+    def __init__(
+        self,
+        node: str,
+        own: str,
+        inc: str,
+        connect: Connect,
+        *,
+        replica_timeout_s: float,
+        io_timeout_s: float,
+        beat_interval_s: float,
+        catch_up: Callable[[int], Awaitable[None]],
+        roles: Callable[[], dict[str, int]],
+        on_stale: Callable[[str, int], None],
+        wall: Callable[[], float],
+    ) -> None:
+        self.node, self.state = node, DOWN
+        self.reason, self.down_since = "not contacted yet", wall()
+        self.confirmed_at = float("-inf")
+        """When the last ping that was answered was sent: until then no higher epoch was known there (lease)."""
+        self.inflight_bytes = 0
+        self._own, self._inc, self._connect = own, inc, connect
+        self._timeout_s, self._beat_s = replica_timeout_s, beat_interval_s
+        self._patience_s = max(replica_timeout_s, io_timeout_s / 2)
+        self._catch_up, self._roles, self._on_stale, self._wall = catch_up, roles, on_stale, wall
+        self._attempts = itertools.count(1)
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, tuple[float, int, Done]] = {}
+        self._token = self._number = 0
+        self._transport: Transport | None = None
+        self._settled = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._keep(), name=f"peer {node}")
+
+    @property
+    def up(self) -> bool:
+        return self.state == UP
+
+    async def settled(self) -> bool:
+        """Wait for the first attempt to end; whether the peer is up."""
+        await self._settled.wait()
+        return self.up
+
+    # --- requests
+
+    def numbered(self, header: Header, payload: Payload | None, done: Done) -> bool:
+        """Send what alters data, in order (R6); false, and ``done`` is not called, when the session is not up."""
+        if self.state != UP:
+            return False
+        header["t"], header["n"] = self._token, self._number
+        self._number += 1
+        if self._send(header, payload, done):
+            return True
+        self.fail("the connection was lost")
+        return False
+
+    def _send(self, header: Header, payload: Payload | None, done: Done) -> bool:
+        number = header["id"] = next(self._ids)
+        if self._transport is None or not self._transport.send(header, payload):
+            return False
+        size = len(payload) if payload is not None else 0
+        self.inflight_bytes += size
+        patience_s = self._patience_s if header["op"] in SLOW_OPS else self._timeout_s
+        self._waiting[number] = (self._loop.time() + patience_s, size, done)
+        return True
+
+    async def ask(self, op: str, fields: Header, payload: Payload | None = None, *, numbered: bool = False) -> Answer:
+        """One request and its reply.  Raises Unreachable, or what the reply carries."""
+        future: asyncio.Future[Answer] = self._loop.create_future()
+
+        def done(error: UkaiError | None, header: Header, data: Payload | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result((header, data))
+
+        header = {"op": op, **fields}
+        sent = self.numbered(header, payload, done) if numbered else self._send(header, payload, done)
+        if not sent:
+            raise Unreachable(f"node {self.node} can't be reached: {self.reason}")
+        return await future
+
+    def _received(self, header: Header, payload: Payload | None) -> None:
+        number = header.get("re")
+        entry = self._waiting.pop(number, None) if type(number) is int else None
+        if entry is None:
+            return
+        self.inflight_bytes -= entry[1]
+        if "err" not in header:
+            entry[2](None, header, payload)
+            return
+        error = from_wire(header["err"], header.get("msg", ""))
+        details = header.get("details")
+        error.details = dict(details) if isinstance(details, dict) else {}
+        if error.code == "stale-session" and self.state == UP:
+            entry[2](error, header, None)
+            self.fail(f"session refused: {error.message}")
+            return
+        if isinstance(error, StaleEpoch):
+            log.info("node %s: %s", self.node, error.message)
+        entry[2](error, header, None)
+
+    # --- the life of the session
+
+    async def _keep(self) -> None:
+        """Open sessions as long as there are none; ping while there is one."""
+        while True:
+            try:
+                await self._greet()
+                self._settled.set()
+            except UkaiError as e:
+                self._end(e.message)
+                self._settled.set()
+                await asyncio.sleep(min(0.5, self._beat_s))
+                continue
+            while self.state == UP:
+                self._failed.clear()
+                self._ping()
+                try:
+                    async with asyncio.timeout(min(self._beat_s, self._timeout_s / 4)):
+                        await self._failed.wait()
+                except TimeoutError:
+                    self._look()
+
+    def _open(self) -> None:
+        """A connection whose late messages can't be taken for those of the next one."""
+        transport: Transport | None = None
+
+        def received(header: Header, payload: Payload | None) -> None:
+            if self._transport is transport:
+                self._received(header, payload)
+
+        self._transport = transport = self._connect(self.node, received)
+
+    async def _greet(self) -> None:
+        self._open()
+        self.state = GREETING
+        fields = {"node": self._own, "inc": self._inc, "try": next(self._attempts)}
+        deadline = self._loop.time() + self._timeout_s
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    reply, _ = await self.ask("hello", fields)
+                break
+            except TimeoutError:
+                raise Timeout(f"no answer within {self._timeout_s:g} s") from None
+            except Unreachable as e:
+                if self._loop.time() >= deadline or isinstance(e, Timeout):
+                    raise Unreachable("can't be reached") from None
+                await asyncio.sleep(0.02)  # a DEALER does not tell when it is connected
+        raise_error(reply)
+        token, seq = reply.get("token"), reply.get("registered_seq")
+        if type(token) is not int or type(seq) is not int:
+            raise NotReady("answered hello without a token")
+        await self._catch_up(seq)
+        self._token, self._number = token, 0
+        self.state = UP
+        self.confirmed_at = float("-inf")
+        log.info("node %s is connected", self.node)
+
+    def _ping(self) -> None:
+        sent_at = self._loop.time()
+
+        def done(error: UkaiError | None, header: Header, _payload: Payload | None) -> None:
+            stale = header.get("stale")
+            if error is None and isinstance(stale, dict):
+                self.confirmed_at = sent_at
+                for uuid, epoch in stale.items():
+                    self._on_stale(uuid, epoch)
+
+        self._send({"op": "ping", "roles": self._roles()}, None, done)
+
+    def _look(self) -> None:
+        """End the session when a request waits for too long."""
+        now = self._loop.time()
+        if any(now > deadline for deadline, _, _ in self._waiting.values()):
+            self.fail(f"no answer within {self._timeout_s:g} s")
+
+    def fail(self, reason: str) -> None:
+        """End the session; everything under way fails now."""
+        if self.state == UP:
+            log.info("node %s is not reachable: %s", self.node, reason)
+            self._end(reason)
+            self._failed.set()
+
+    def _end(self, reason: str) -> None:
+        if self.state == UP or not self._settled.is_set():
+            self.down_since = self._wall()
+        self.state, self.reason = DOWN, reason
+        self.confirmed_at = float("-inf")
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+        waiting, self._waiting = self._waiting, {}
+        self.inflight_bytes = 0
+        for _, _, done in waiting.values():
+            done(Unreachable(f"node {self.node}: {reason}"), {}, None)
+
+    def close(self) -> None:
+        self._task.cancel()
+        self._end("closed")
+
+
+Answer = tuple[Header, Payload | None]

@@ -1,0 +1,225 @@
+"""What a node does for the coordinators of other nodes.
+
+A coordinator opens a session with ``hello`` and gets a token that this process made for it.  Whatever alters
+data carries the token and the next number (R6): a gap, a number that was seen, an older session or a former
+process are refused before a file is touched.  Then the epoch is looked at (R1), then the block (R8).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ukai.blockd.store import HOLE, ImageStore, Store, zeros
+from ukai.errors import Damaged, NotReady, RemoteProtocolError, StaleSession
+from ukai.messages import Header, flag, integer, ranges, text
+
+Payload = bytes | bytearray | memoryview
+Answer = tuple[Header, Payload | None]
+RunDisk = Callable[..., Awaitable[Any]]
+
+HASH_LENGTH_LIMIT_BYTES = 64 * 2**20
+READ_LIMIT_BYTES = 8 * 2**20
+
+
+class Session:
+    """What one coordinator may send next."""
+
+    __slots__ = ("attempt", "inc", "next", "node", "token")
+
+    def __init__(self, node: str, inc: str, attempt: int, token: int) -> None:
+        self.node, self.inc, self.attempt, self.token = node, inc, attempt, token
+        self.next = 0
+
+
+class Replica:
+    """The replicas on this node, as seen by other nodes."""
+
+    def __init__(self, store: Store, inc: str, first_token: int, run_disk: RunDisk) -> None:
+        self.store, self.inc, self.run_disk = store, inc, run_disk
+        self.registered_seq = -1
+        """Metadata sequence at which this process was registered; −1: not yet, and no session is opened (R8)."""
+        self._tokens = itertools.count(first_token)
+        self.sessions: dict[int, Session] = {}
+        self.by_node: dict[str, Session] = {}
+        self.on_epoch: Callable[[str, int], None] = lambda uuid, epoch: None
+        """Called when an image's epoch has grown: a coordinator on this node may have lost its role."""
+        self.numbered: dict[str, Callable[[Header, Payload | None], Answer | Awaitable[Answer]]] = {
+            "w": self._write,
+            "z": self._punch,
+            "g": self._stamp,
+            "f": self._flush,
+            "d": self._complete,
+        }
+        self.plain: dict[str, Callable[[Header], Answer | Awaitable[Answer]]] = {
+            "hello": self._hello,
+            "ping": self._ping,
+            "fence": self._fence,
+            "k": self._renew,
+            "r": self._read,
+            "h": self._hash,
+            "usage": self._usage,
+        }
+
+    def handle(self, header: Header, payload: Payload | None) -> Answer | Awaitable[Answer]:
+        """Answer one message.  Raises UkaiError."""
+        op = header.get("op")
+        numbered = self.numbered.get(op) if type(op) is str else None
+        if numbered is not None:
+            session = self.sessions.get(header.get("t", -1)) if type(header.get("t")) is int else None
+            if session is None:
+                raise StaleSession("this session is over; say hello")
+            if header.get("n") != session.next:
+                self._end(session)
+                raise StaleSession(f"message {header.get('n')!r:.20} came where {session.next} was the next; say hello")
+            session.next += 1
+            return numbered(header, payload)
+        plain = self.plain.get(op) if type(op) is str else None
+        if plain is None:
+            raise RemoteProtocolError(f"op {op!r:.50} is not known here")
+        return plain(header)
+
+    # --- sessions
+
+    def _hello(self, header: Header) -> Answer:
+        node, inc, attempt = text(header, "node"), text(header, "inc"), integer(header, "try")
+        if self.registered_seq < 0:
+            raise NotReady("this node is not registered at metad yet")
+        old = self.by_node.get(node)
+        if old is not None:
+            if old.inc == inc and attempt <= old.attempt:
+                raise StaleSession("this hello is older than the session")
+            self._end(old)
+        session = Session(node, inc, attempt, next(self._tokens))
+        self.sessions[session.token] = self.by_node[node] = session
+        return {"token": session.token, "inc": self.inc, "registered_seq": self.registered_seq}, None
+
+    def _end(self, session: Session) -> None:
+        self.sessions.pop(session.token, None)
+        if self.by_node.get(session.node) is session:
+            del self.by_node[session.node]
+
+    def _ping(self, header: Header) -> Answer:
+        roles = header.get("roles", {})
+        if type(roles) is not dict:
+            raise RemoteProtocolError("field roles: a map is wanted")
+        stale = {}
+        for uuid, epoch in roles.items():
+            image = self.store.images.get(uuid)
+            if image is not None and type(epoch) is int and image.epoch > epoch:
+                stale[uuid] = image.epoch
+        return {"stale": stale}, None
+
+    def _fence(self, header: Header) -> Answer:
+        self._admitted(header)
+        return {}, None
+
+    def _admitted(self, header: Header) -> ImageStore:
+        image = self.store.image(text(header, "i", 36))
+        epoch = integer(header, "e")
+        if epoch != image.epoch:
+            image.admit(epoch)
+            self.on_epoch(image.uuid, epoch)
+        return image
+
+    def _place(self, image: ImageStore, header: Header, length: int) -> tuple[int, int]:
+        block, offset = integer(header, "b", 0, image.block_count - 1), integer(header, "o")
+        if offset + length > image.block_bytes(block):
+            raise RemoteProtocolError(f"{length} bytes at {offset} do not fit into block {block}")
+        return block, offset
+
+    # --- what alters data
+
+    def _write(self, header: Header, payload: Payload | None) -> Answer:
+        if not payload:
+            raise RemoteProtocolError("a write without data")
+        image = self._admitted(header)
+        block, offset = self._place(image, header, len(payload))
+        image.write(block, offset, payload, integer(header, "g", 1))
+        return {}, None
+
+    def _punch(self, header: Header, _payload: Payload | None) -> Answer:
+        image = self._admitted(header)
+        length = integer(header, "l", 1)
+        block, offset = self._place(image, header, length)
+        image.punch(block, offset, length, integer(header, "g", 1))
+        return {}, None
+
+    def _stamp(self, header: Header, _payload: Payload | None) -> Answer:
+        image = self._admitted(header)
+        generation = integer(header, "g", 1)
+        for first, last in ranges(header, "ranges", image.block_count - 1):
+            for block in range(first, last + 1):
+                image.ready(block, generation)
+        return {}, None
+
+    async def _flush(self, header: Header, _payload: Payload | None) -> Answer:
+        image = self._admitted(header)
+        blocks = [b for first, last in ranges(header, "ranges", image.block_count - 1) for b in range(first, last + 1)]
+        failed = await self.flush(image, blocks)
+        return {"failed": [[b, reason] for b, reason in failed.items()]}, None
+
+    async def flush(self, image: ImageStore, blocks: list[int]) -> dict[int, str]:
+        """fdatasync of some blocks on this node (R7); block → reason for those that failed."""
+        image.unflushed.difference_update(blocks)
+        failed: dict[int, str] = await self.run_disk(image.flush_beside, image.flush_begin(blocks))
+        image.flush_end(failed)
+        return failed
+
+    async def _complete(self, header: Header, _payload: Payload | None) -> Answer:
+        image = self._admitted(header)
+        block, _ = self._place(image, header | {"o": 0}, 0)
+        await self.complete(image, block, integer(header, "g", 1))
+        return {}, None
+
+    async def complete(self, image: ImageStore, block: int, generation: int) -> None:
+        """A block of a resync is whole: its generation is stored and all of it flushed.  Raises DiskError."""
+        if image.generations[block] < generation:
+            image.set_generation(block, generation)
+        failed = await self.flush(image, [block])
+        if failed:
+            raise Damaged(failed[block])
+
+    def _renew(self, header: Header) -> Answer:
+        image = self._admitted(header)
+        for first, last in ranges(header, "ranges", image.block_count - 1):
+            for block in range(first, last + 1):
+                image.renew(block)
+        return {}, None
+
+    # --- what reads
+
+    def _read(self, header: Header) -> Answer | Awaitable[Answer]:
+        image = self.store.image(text(header, "i", 36))
+        length = integer(header, "l", 1, READ_LIMIT_BYTES)
+        block, offset = self._place(image, header, length)
+        generation = integer(header, "g")
+        image.check(block, generation)
+        if generation == 0:
+            return {}, zeros(length)
+        data = image.read_cached(block, offset, length)
+        return ({}, data) if data is not None else self._read_beside(image, block, offset, length)
+
+    async def _read_beside(self, image: ImageStore, block: int, offset: int, length: int) -> Answer:
+        return {}, await self.run_disk(image.read_beside, image.borrow(block), block, offset, length)
+
+    async def _hash(self, header: Header) -> Answer:
+        image = self.store.image(text(header, "i", 36))
+        length = integer(header, "l", 1, HASH_LENGTH_LIMIT_BYTES)
+        block, offset = self._place(image, header, length)
+        return {}, await self.hash(image, block, offset, length, integer(header, "c", 512))
+
+    async def hash(self, image: ImageStore, block: int, offset: int, length: int, chunk: int) -> bytes:
+        """16 bytes for each chunk of a part of a block.  Raises Damaged, DiskError."""
+        if image.generations[block] == 0 and self.store.disk.stat(image.path(block)) is None:
+            return HOLE * -(-length // chunk)
+        data: bytes = await self.run_disk(image.hash_beside, image.borrow(block), block, offset, length, chunk)
+        return data
+
+    async def _usage(self, header: Header) -> Answer:
+        image = self.store.image(text(header, "i", 36))
+        wanted = ranges(header, "ranges", image.block_count - 1)
+        if flag(header, "all"):
+            wanted = [(0, image.block_count - 1)]
+        return {"allocated": await self.run_disk(image.allocated, wanted)}, None

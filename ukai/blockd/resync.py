@@ -1,0 +1,355 @@
+"""Bringing out-of-sync replicas back (R11); only the coordinator does it.
+
+For each block: the target's file is made ready, the replica becomes syncing (so that new writes reach it too),
+source and target are hashed chunk by chunk, chunks that differ are read and sent under a lock against writes,
+the target stores the generation and flushes, and a compare-and-set makes it in-sync.
+
+Hashing needs no lock: writes arrive at source and target in one order, and applying writes twice in their order
+gives what applying them once gives; so two equal hashes, even of different moments, mean equal chunks once all
+writes under way have arrived.  Copying does need it, between the read of the source and the sending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ukai.blockd.peer import Payload
+from ukai.blockd.store import HASH_BYTES, HOLE, zeros
+from ukai.errors import NotCoordinator, StaleEpoch, UkaiError, Unreachable
+from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, Job
+from ukai.ranges import join
+
+if TYPE_CHECKING:
+    from ukai.blockd.coordinator import Coordinator
+
+log = logging.getLogger(__name__)
+
+GROUP_BYTES = 256 * 2**20
+GROUP_BLOCKS = 256
+HASH_SPAN_BYTES = 16 * 2**20
+BLOCKS_AT_ONCE = 2
+RATE_SLICE_S = 0.05
+
+
+class Rate:
+    """At most so many bytes per second, in slices short enough not to starve the guest; 0: no limit."""
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self._free_at = 0.0
+
+    async def take(self, size: int) -> None:
+        if self.limit <= 0:
+            return
+        now = asyncio.get_running_loop().time()
+        self._free_at = max(self._free_at, now - RATE_SLICE_S) + size / self.limit
+        if self._free_at > now:
+            await asyncio.sleep(self._free_at - now)
+
+
+class Resync:
+    """One run of a resync order by the coordinator of the image."""
+
+    def __init__(self, coordinator: Coordinator, job: Job) -> None:
+        self._c, self.number = coordinator, job.number
+        self.rate = Rate()
+        self._chunks = asyncio.Semaphore(coordinator.core.config.sync_window)
+        self.bytes_total = self.bytes_done = self.bytes_equal = self.bytes_copied = self.bytes_hole = 0
+        self.blocks_total = self.blocks_done = 0
+        self.reason = ""
+        self._began = self._c.now()
+        self._begun: set[tuple[str, int]] = set()
+        """(target, block) that this run has made syncing."""
+        self.task = coordinator.core.spawn(self._run())
+
+    @property
+    def job(self) -> Job | None:
+        job = self._c.core.mirror.cluster.jobs.get(self._c.uuid)
+        return job if job is not None and job.number == self.number and job.state == "running" else None
+
+    def progress(self) -> dict[str, Any]:
+        """What `sync status` shows, in bytes, seconds and blocks."""
+        seconds = max(self._c.now() - self._began, 1e-6)
+        rate = self.bytes_done / seconds
+        left = max(self.bytes_total - self.bytes_done, 0)
+        return {
+            "number": self.number,
+            "coordinator": self._c.own,
+            "bytes_total": self.bytes_total,
+            "bytes_done": self.bytes_done,
+            "bytes_equal": self.bytes_equal,
+            "bytes_copied": self.bytes_copied,
+            "bytes_hole": self.bytes_hole,
+            "blocks_total": self.blocks_total,
+            "blocks_done": self.blocks_done,
+            "rate": int(rate),
+            "rate_limit": self.rate.limit,
+            "eta": round(left / rate, 1) if rate > 0 and not self.reason else None,
+            "reason": self.reason,
+        }
+
+    def _work(self) -> dict[str, list[int]]:
+        """target → out-of-sync blocks that the order names."""
+        job, image = self.job, self._c.image
+        if job is None:
+            return {}
+        out: dict[str, list[int]] = {}
+        for node, where in image.locations.items():
+            if job.nodes and node not in job.nodes:
+                continue
+            blocks: list[int] = []
+            for first, last in job.ranges or [[0, image.block_count - 1]]:
+                for a, b, replica in where.within(first, last):
+                    if replica.status == OUT_OF_SYNC:
+                        blocks.extend(range(a, b + 1))
+            if blocks:
+                out[node] = blocks
+        return out
+
+    async def _run(self) -> None:
+        c = self._c
+        try:
+            work = self._work()
+            self.blocks_total = sum(map(len, work.values()))
+            self.bytes_total = sum(c.image.block_bytes(b) for blocks in work.values() for b in blocks)
+            while self.job is not None and c.held:
+                work = self._work()
+                if not work:
+                    await self._end("done", "")
+                    return
+                reachable = {n: blocks for n, blocks in work.items() if n == c.own or c.core.peer(n).up}
+                if not reachable:
+                    self.reason = "; ".join(f"node {n} can't be reached: {c.core.peer(n).reason}" for n in work)
+                    await asyncio.sleep(c.core.config.beat_interval / 2)
+                    continue
+                self.reason = ""
+                for target, blocks in reachable.items():
+                    await self._target(target, blocks)
+        except (StaleEpoch, NotCoordinator):
+            pass  # the next coordinator takes the order up
+        except UkaiError as e:
+            await self._end("failed", e.message)
+        finally:
+            await self._abandon()
+
+    async def _end(self, state: str, reason: str) -> None:
+        level = logging.INFO if state == "done" else logging.WARNING
+        log.log(level, "resync of image %s: %s%s", self._c.image.name, state, f": {reason}" if reason else "")
+        try:
+            await self._c.core.push_progress()
+            fields = {"image": self._c.uuid, "number": self.number, "state": state, "reason": reason}
+            await self._c.core.metad("job.end", fields)
+        except UkaiError as e:
+            log.info("resync of image %s: its end can't be told yet: %s", self._c.uuid, e.message)
+
+    async def _abandon(self) -> None:
+        """What is still syncing by this run is out-of-sync again: never syncing for ever."""
+        c = self._c
+        if not c.held or not self._begun:
+            return
+        marks = [
+            (block, target, "resync interrupted")
+            for target, block in self._begun
+            if (r := c.image.replica(target, block)) is not None and r.status == SYNCING
+        ]
+        self._begun.clear()
+        try:
+            await asyncio.shield(c.core.spawn(c.marker.mark(marks)))
+        except UkaiError as e:
+            log.info("image %s: syncing replicas stay until the next grant: %s", c.uuid, e.message)
+
+    async def _target(self, target: str, blocks: list[int]) -> None:
+        """One pass over the blocks of one target.  Raises UkaiError when going on makes no sense."""
+        size = max(1, min(GROUP_BLOCKS, GROUP_BYTES // self._c.image.block_size))
+        for at in range(0, len(blocks), size):
+            if self.job is None or not self._c.held:
+                return
+            try:
+                await self._group(target, blocks[at : at + size])
+            except Unreachable as e:
+                self.reason = e.message
+                return
+
+    async def _group(self, target: str, blocks: list[int]) -> None:
+        c = self._c
+        job = self.job
+        if job is not None:
+            self.rate.limit = c.core.config.sync_rate if job.rate < 0 else job.rate
+        ranges = [list(r) for r in join(blocks)]
+        fresh = [b for b in blocks if not any(r.generation for r in c.image.replicas(b).values())]
+        stale = sorted(set(blocks) - set(fresh))
+        if stale:
+            await self._renew(target, [list(r) for r in join(stale)])
+        await c.ask_metad("sync.begin", {"target": target, "ranges": ranges})
+        self._begun.update((target, b) for b in stale)
+        for block in fresh:
+            self._count(block, hole=c.image.block_bytes(block))
+        done: list[int] = []
+        limit = asyncio.Semaphore(BLOCKS_AT_ONCE)
+
+        async def one(block: int) -> None:
+            async with limit:
+                if self.job is not None and c.held and await self._block(target, block):
+                    done.append(block)
+
+        results = await asyncio.gather(*(one(b) for b in stale), return_exceptions=True)
+        if done:
+            fields = {"target": target, "ranges": [list(r) for r in join(done)]}
+            await c.ask_metad("sync.finish", fields)
+            self._begun.difference_update((target, b) for b in done)
+        errors = [r for r in results if isinstance(r, BaseException)]
+        await self._abandon()
+        for error in errors:
+            raise error
+
+    def _count(self, block: int, *, hole: int = 0) -> None:
+        self.blocks_done += 1
+        self.bytes_hole += hole
+        self.bytes_done += hole
+
+    async def _renew(self, target: str, ranges: list[list[int]]) -> None:
+        c = self._c
+        if target == c.own:
+            image = c.core.store.image(c.uuid)
+            image.admit(c.epoch)
+            for first, last in ranges:
+                for block in range(first, last + 1):
+                    image.renew(block)
+        else:
+            await c.core.peer(target).ask("k", {"i": c.uuid, "e": c.epoch, "ranges": ranges})
+
+    async def _block(self, target: str, block: int) -> bool:
+        """Compare and copy one block; whether it is whole now.  Raises UkaiError."""
+        c = self._c
+        replica = c.image.replica(target, block)
+        if replica is None or replica.status != SYNCING:
+            return False
+        length = c.image.block_bytes(block)
+        for at in range(0, length, HASH_SPAN_BYTES):
+            await self._span(target, block, at, min(HASH_SPAN_BYTES, length - at))
+            replica = c.image.replica(target, block)
+            if self.job is None or replica is None or replica.status != SYNCING:
+                return False
+        generation = replica.generation
+        if target == c.own:
+            await c.core.replica.complete(c.core.store.image(c.uuid), block, generation)
+        else:
+            fields = {"i": c.uuid, "e": c.epoch, "b": block, "g": generation}
+            await c.core.peer(target).ask("d", fields, numbered=True)
+        self._count(block)
+        return True
+
+    async def _span(self, target: str, block: int, offset: int, length: int) -> None:
+        chunk = self._c.core.config.sync_chunk
+        source = self._source(block)
+        theirs, ours = await asyncio.gather(
+            self._hash(target, block, offset, length, chunk), self._hash(source, block, offset, length, chunk)
+        )
+        copies = []
+        for index in range(-(-length // chunk)):
+            at = offset + index * chunk
+            size = min(chunk, offset + length - at)
+            here = ours[index * HASH_BYTES : (index + 1) * HASH_BYTES]
+            if theirs[index * HASH_BYTES : (index + 1) * HASH_BYTES] == here:
+                if here == HOLE:
+                    self.bytes_hole += size
+                else:
+                    self.bytes_equal += size
+                self.bytes_done += size
+            else:
+                copies.append(self._copy(target, block, at, size))
+        await asyncio.gather(*copies)
+
+    def _source(self, block: int) -> str:
+        """An in-sync replica to copy from, the nearest first.  Raises Unreachable."""
+        c = self._c
+        suspects = c.marker.suspects(block)
+        good = [n for n, r in c.image.replicas(block).items() if r.status == IN_SYNC and n not in suspects]
+        for node in sorted(good, key=lambda n: (n != c.own, n)):
+            if node == c.own or c.core.peer(node).up:
+                return node
+        raise Unreachable(f"no in-sync copy of block {block} can be reached")
+
+    async def _hash(self, node: str, block: int, offset: int, length: int, chunk: int) -> bytes:
+        c = self._c
+        if node == c.own:
+            return await c.core.replica.hash(c.core.store.image(c.uuid), block, offset, length, chunk)
+        fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "c": chunk}
+        _, payload = await c.core.peer(node).ask("h", fields)
+        data = bytes(payload or b"")
+        if len(data) != HASH_BYTES * -(-length // chunk):
+            raise Unreachable(f"node {node} answered with {len(data)} bytes of hashes")
+        return data
+
+    async def _copy(self, target: str, block: int, offset: int, length: int) -> None:
+        """Copy one chunk; writes to it wait from the read of the source until it is sent (R11)."""
+        c = self._c
+        async with self._chunks:
+            await self.rate.take(length)
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            entry = (offset, offset + length, future)
+            c.locks.setdefault(block, []).append(entry)
+            try:
+                await c.passed(block, offset, offset + length)
+                source = self._source(block)
+                data = await self._read(source, block, offset, length)
+                sending = self._send(target, block, offset, data)
+            finally:
+                c.locks[block].remove(entry)
+                if not c.locks[block]:
+                    del c.locks[block]
+                future.set_result(None)
+            await sending
+        self.bytes_copied += length
+        self.bytes_done += length
+
+    async def _read(self, node: str, block: int, offset: int, length: int) -> Payload:
+        c = self._c
+        replica = c.image.replica(node, block)
+        if replica is None or replica.status != IN_SYNC:
+            raise Unreachable(f"the source of block {block} is no longer in-sync")
+        if node == c.own:
+            store = c.core.store.image(c.uuid)
+            data: bytes = await c.core.run_disk(store.read_beside, store.borrow(block), block, offset, length)
+            return data
+        fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "g": replica.generation}
+        _, payload = await c.core.peer(node).ask("r", fields)
+        if payload is None or len(payload) != length:
+            raise Unreachable(f"node {node} answered a read of block {block} without its data")
+        return payload
+
+    def _send(self, target: str, block: int, offset: int, data: Payload) -> asyncio.Future[None]:
+        """Put one chunk on its way, in order with the guest's writes; the future tells when it has arrived."""
+        c = self._c
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        replica = c.image.replica(target, block)
+        if replica is None or replica.status != SYNCING:
+            future.set_exception(Unreachable(f"block {block} at node {target} is no longer syncing"))
+            return future
+        hole = data == zeros(len(data))
+        if target == c.own:
+            store = c.core.store.image(c.uuid)
+            try:
+                if hole:
+                    store.punch(block, offset, len(data), replica.generation)
+                else:
+                    store.write(block, offset, data, replica.generation)
+                future.set_result(None)
+            except UkaiError as e:
+                future.set_exception(e)
+            return future
+
+        def done(error: UkaiError | None, _header: object, _payload: object) -> None:
+            if not future.done():
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+
+        header = {"i": c.uuid, "e": c.epoch, "b": block, "o": offset, "g": replica.generation}
+        header |= {"op": "z", "l": len(data)} if hole else {"op": "w"}
+        if not c.core.peer(target).numbered(header, None if hole else data, done):
+            future.set_exception(Unreachable(f"node {target} can't be reached: {c.core.peer(target).reason}"))
+        return future

@@ -1,0 +1,201 @@
+"""The block server's sockets: frontends over ipc, peers over tcp, metad."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import zmq
+
+from ukai import messages
+from ukai.blockd.core import Core, Ports, Reply
+from ukai.blockd.disk import Disk
+from ukai.blockd.peer import Payload
+from ukai.blockd.store import Store
+from ukai.config import Config
+from ukai.daemon import supervise
+from ukai.errors import RemoteProtocolError, UkaiError, VersionError
+from ukai.messages import Header
+from ukai.mirror import MetadLink, Mirror
+from ukai.model import STATUS_NAMES
+from ukai.telemetry import Telemetry
+from ukai.wire import Frames, Port, bound, connected
+
+log = logging.getLogger(__name__)
+
+DISK_THREADS = 8
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+class PeerTransport:
+    """A DEALER to the blockd of another node."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        received: Callable[[Header, Payload | None], None],
+        garbage: Callable[[RemoteProtocolError], None],
+    ) -> None:
+        self._received, self._garbage = received, garbage
+        self._port = connected(context, endpoint, self._frames)
+
+    def _frames(self, frames: Frames) -> None:
+        try:
+            header = messages.unpack(frames[0])
+        except RemoteProtocolError as e:
+            self._garbage(e)
+            return
+        self._received(header, frames[1] if len(frames) > 1 else None)
+
+    def send(self, header: Header, payload: Payload | None) -> bool:
+        packed = messages.pack(header)
+        return self._port.send([packed] if payload is None else [packed, payload])  # type: ignore[list-item]
+
+    def close(self) -> None:
+        self._port.close()
+
+
+class BlockServer:
+    """See ``daemon.Server``."""
+
+    def __init__(self, config: Config, node: str, context: zmq.Context[Any], telemetry: Telemetry) -> None:
+        self._config, self._node, self._context, self._telemetry = config, node, context, telemetry
+        self._pool = ThreadPoolExecutor(DISK_THREADS, "disk")
+        self.store = Store(config.data_root, config.blockname_format, Disk(), config.open_files_limit)
+        self.store.open(str(uuid.uuid4()))
+        for line in self.store.strange:
+            log.warning("%s", line)
+        self.mirror = Mirror(self.store.highest_seq, self.store.cluster_id)
+        self._link = MetadLink(
+            context, config, detail=True, mirror=self.mirror, on_request=self._from_metad, on_garbage=self._garbage
+        )
+        with open(BOOT_ID, encoding="ascii") as f:
+            boot_id = f.read().strip()
+        ports = Ports(
+            metad=self._link.call,
+            connect=self._connect,
+            run_disk=self._run_disk,
+            wall=time.time,
+            new_id=lambda: uuid.uuid4().hex[:16],
+            new_token=lambda: secrets.randbits(48) << 12,
+            boot_id=boot_id,
+        )
+        self.core = Core(config, node, self.store, self.mirror, ports, telemetry.metrics)
+        telemetry.metrics.gauges.append(self._gauges)
+        self._ports: list[Port] = []
+        self._background: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        path = self._config.blockd_endpoint.removeprefix("ipc://")
+        os.makedirs(self._config.run_dir, mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # the store's lock proves that nobody serves it
+        limit = self._config.message_limit
+        proxy = self._config.proxy_endpoint(self._node)
+        for endpoint, handle in ((self._config.blockd_endpoint, self.core.from_frontend), (proxy, self.core.from_peer)):
+            holder: list[Port] = []
+            port = bound(self._context, endpoint, limit, functools.partial(self._receive, holder, handle))
+            holder.append(port)
+            self._ports.append(port)
+        self._link.start()
+        self._background = [
+            supervise("registration", self.core.keep_registered()),
+            supervise("housekeeping", self.core.keep_house()),
+        ]
+
+    async def stop(self) -> bool:
+        for task in self._background[1:]:
+            task.cancel()
+        await self.core.stop()
+        for task in self._background:
+            task.cancel()
+        self._link.close()
+        for port in self._ports:
+            port.close()
+        self._pool.shutdown(wait=True)
+        self.store.close()
+        return True
+
+    def _connect(self, node: str, received: Callable[[Header, Payload | None], None]) -> PeerTransport:
+        return PeerTransport(self._context, self._config.proxy_endpoint(node), received, self._garbage)
+
+    async def _run_disk(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    def _garbage(self, error: RemoteProtocolError) -> None:
+        self._telemetry.metrics.count("ukai_protocol_errors_total")
+        log.info("dropped: %s", error.message)
+
+    def _receive(
+        self, holder: list[Port], handle: Callable[[Header, Payload | None, Reply], None], frames: Frames
+    ) -> None:
+        """One message of a ROUTER: [identity, header, payload]."""
+        try:
+            if not 2 <= len(frames) <= 3:
+                raise RemoteProtocolError(f"a message of {len(frames)} frames")
+            try:
+                header = messages.unpack(frames[1])
+            except VersionError as e:
+                self._garbage(e)
+                holder[0].send([frames[0], messages.pack({"re": 0, **messages.error_reply(e)})])
+                return
+            number = header.get("id")
+            if type(number) is not int:
+                raise RemoteProtocolError("a request without an id")
+        except RemoteProtocolError as e:
+            self._garbage(e)
+            return
+        identity = frames[0]
+
+        def reply(fields: Header, payload: Payload | None) -> None:
+            if fields.get("err") == "protocol-remote":
+                self._telemetry.metrics.count("ukai_protocol_errors_total")
+            fields["re"] = number
+            packed = messages.pack(fields)
+            holder[0].send([identity, packed] if payload is None else [identity, packed, payload])  # type: ignore[list-item]
+
+        handle(header, frames[2] if len(frames) == 3 else None, reply)
+
+    def _from_metad(self, header: Header, _rest: Frames) -> None:
+        async def answer() -> None:
+            number = header.get("id")
+            try:
+                fields = await self.core.called(header)
+            except UkaiError as e:
+                fields = messages.error_reply(e)
+            except OSError as e:
+                fields = messages.error_reply(UkaiError(f"node {self._node}: {e}"))
+            self._link.requester.send({**fields, "re": number})
+
+        self.core.spawn(answer())
+
+    def _gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        core = self.core
+        yield "ukai_metadata_seq", {}, core.mirror.seq
+        yield "ukai_peers_up", {}, sum(p.up for p in core._peers.values())
+        yield "ukai_inflight_bytes", {}, sum(p.inflight_bytes for p in core._peers.values())
+        flat = itertools.chain.from_iterable(c.inflight.values() for c in core.coordinators.values())
+        yield "ukai_inflight_requests", {}, sum(map(len, flat))
+        for c in core.coordinators.values():
+            image = core.mirror.cluster.images.get(c.uuid)
+            if image is None:
+                continue
+            yield "ukai_active_blocks", {"image": image.name}, len(c.activity.active)
+            for node, where in image.locations.items():
+                counts = dict.fromkeys(STATUS_NAMES, 0)
+                for first, last, replica in where:
+                    counts[replica.status] += last - first + 1
+                for status, count in counts.items():
+                    labels = {"image": image.name, "node": node, "status": STATUS_NAMES[status]}
+                    yield "ukai_replicas", labels, count
