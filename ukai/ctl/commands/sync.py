@@ -80,11 +80,11 @@ def rate(session: Session, image: str, rate: int) -> None:
 
 
 @group.command(example="ukai-ctl sync status\nukai-ctl sync status image01 --json")
-@click.argument("image", type=IMAGE, default="", required=False)
+@click.argument("image", type=IMAGE, required=False)
 @pass_session
-def status(session: Session, image: str) -> None:
+def status(session: Session, image: str | None) -> None:
     """Show how far resyncs are, and why one stands still."""
-    jobs = schema.jobs(session.ask("sync.status", {"name": image}).get("jobs"))
+    jobs = schema.jobs(session.ask("sync.status", {"name": image or ""}).get("jobs"))
     if session.as_json:
         session.out.json({"jobs": jobs})
         return
