@@ -1,0 +1,1 @@
+"""The frontend against a blockd and a metad that are made up."""

@@ -1,0 +1,289 @@
+"""FUSE: the one module that knows which library is underneath.
+
+mfusepy brings the structures of libfuse3, fusepy those of libfuse2; the callbacks, their error mapping and the
+start are ours, so that both behave alike.  An exception that leaves a callback is taken for success by ctypes, and
+the bindings' own wrappers turn some into success or EINVAL: here each becomes its errno or EIO, and nothing runs
+after that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ukai.errors import UkaiError
+from ukai.frontend.core import REFUSED
+
+log = logging.getLogger(__name__)
+
+MAX_THREADS = 32
+MAX_BACKGROUND = 64
+ATTRIBUTE_SECONDS = 1
+ERRNO_LIMIT = 4096
+_SPLICE = 1 << 7 | 1 << 8 | 1 << 9
+
+INSTALL = {
+    "mfusepy": "install libfuse3 (Debian: fuse3) and the Python package mfusepy",
+    "fusepy": "install libfuse2 (Debian: libfuse2 and fuse3) and the Python package fusepy",
+}
+
+_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
+_memory.restype = ctypes.py_object
+_READ_ONLY, _WRITABLE = 0x100, 0x200
+
+
+class Filesystem(Protocol):
+    """What is mounted.  ``path`` is as libfuse gives it, or None where ``fh`` says it all.  Any method may raise
+    OSError or UkaiError.
+    """
+
+    def getattr(self, path: bytes | None, fh: int | None) -> dict[str, int]:
+        """Fields of struct stat; times in nanoseconds as ``st_mtime`` and so on."""
+        ...
+
+    def readdir(self) -> list[str]: ...
+
+    def open(self, path: bytes, flags: int) -> int: ...
+
+    def read(self, fh: int, into: memoryview, offset: int) -> int:
+        """Fill ``into``, libfuse's own buffer, which is valid until this returns."""
+        ...
+
+    def write(self, fh: int, data: memoryview, offset: int) -> int: ...
+
+    def fsync(self, fh: int) -> None: ...
+
+    def release(self, fh: int) -> None: ...
+
+    def truncate(self, path: bytes | None, fh: int | None, length: int) -> None: ...
+
+    def fallocate(self, fh: int, mode: int, offset: int, length: int) -> None: ...
+
+    def statfs(self) -> dict[str, int]:
+        """Fields of struct statvfs."""
+        ...
+
+    def chmod(self, path: bytes | None, fh: int | None, mode: int) -> None: ...
+
+    def chown(self, path: bytes | None, fh: int | None, uid: int, gid: int) -> None: ...
+
+    def utimens(self, path: bytes | None, fh: int | None, mtime_ns: int | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Library:
+    """A binding that was found to work."""
+
+    name: str
+    module: Any
+    version: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.name} with libfuse {self.version[0]}.{self.version[1]}"
+
+    def run(self, filesystem: Filesystem, mount_point: str, allow_other: bool, mounted: Callable[[], None]) -> int:
+        """Mount and serve until unmounted; returns libfuse's exit code (0: it was unmounted).
+
+        Not on the main thread: there no Python signal handler would run.  ``mounted`` is called once requests
+        are taken.
+        """
+        callbacks = _Callbacks(self.module, filesystem, self.version[0], mounted)
+        operations = callbacks.structure()
+        options = ["fsname=ukai", "subtype=ukai", "nosuid", "nodev", f"attr_timeout={ATTRIBUTE_SECONDS}"]
+        options.append(f"entry_timeout={ATTRIBUTE_SECONDS}")
+        if allow_other:
+            options.append("allow_other")
+        if self.version[0] == 2:
+            options += ["direct_io", "big_writes", f"max_background={MAX_BACKGROUND}"]
+        elif self.version >= (3, 12):
+            options.append(f"max_threads={MAX_THREADS}")
+        words = [b"ukai", b"-f", b"-o", ",".join(options).encode(), os.fsencode(mount_point)]
+        argv = (ctypes.c_char_p * len(words))(*words)
+        library = self.module._libfuse
+        return int(library.fuse_main_real(len(words), argv, ctypes.byref(operations), ctypes.sizeof(operations), None))
+
+
+def load(wanted: str) -> Library:
+    """The binding ``wanted``: mfusepy, fusepy, or auto for the first of them that works.
+
+    Raises UkaiError with one line that says what to install.
+    """
+    if wanted != "auto":
+        return _load(wanted)
+    try:
+        return _load("mfusepy")
+    except UkaiError as first:
+        try:
+            return _load("fusepy")
+        except UkaiError as second:
+            raise UkaiError(f"no FUSE library: {first.message}; or {second.message}") from None
+
+
+def _load(name: str) -> Library:
+    os.environ["FUSE_LIBRARY_NAME"] = "fuse3"  # mfusepy takes libfuse2 first; fusepy doesn't look at it
+    os.environ.pop("FUSE_LIBRARY_PATH", None)  # fusepy with libfuse3 crashes
+    try:
+        module = importlib.import_module("fuse" if name == "fusepy" else name)
+        number = int(module._libfuse.fuse_version())
+    except (ImportError, OSError, AttributeError) as e:
+        raise UkaiError(f"{name} can't be used ({e}): {INSTALL[name]}") from None
+    version = (number // 10, number % 10) if number < 100 else (number // 100, number % 100)
+    if name == "mfusepy" and version[0] != 3:
+        raise UkaiError(f"mfusepy has found libfuse {number}, not libfuse3: {INSTALL[name]}")
+    if name == "fusepy" and version != (2, 9):
+        raise UkaiError(f"fusepy has found libfuse {number}, not libfuse 2.9: {INSTALL[name]}")
+    return Library(name, module, version)
+
+
+def _guarded(name: str, work: Callable[..., int]) -> Callable[..., int]:
+    """The callback for libfuse: no exception leaves it, and only a return of ``work`` is success."""
+
+    def callback(*args: Any) -> int:
+        try:
+            return work(*args)
+        except BaseException as error:
+            try:
+                return -_errno(name, error)
+            except BaseException:  # not even the log works
+                return -errno.EIO
+
+    return callback
+
+
+def _errno(name: str, error: BaseException) -> int:
+    if isinstance(error, OSError) and isinstance(error.errno, int) and 0 < error.errno < ERRNO_LIMIT:
+        return error.errno
+    if isinstance(error, UkaiError):
+        return error.errno
+    log.error("%s failed in the frontend itself, the caller gets EIO", name, exc_info=error)
+    return errno.EIO
+
+
+class _Callbacks:
+    """The functions that libfuse calls.  libfuse3 gives some of them one argument more than libfuse2 does."""
+
+    def __init__(self, module: Any, filesystem: Filesystem, major: int, mounted: Callable[[], None]) -> None:
+        self._module, self._fs, self._major, self._mounted = module, filesystem, major, mounted
+
+    def structure(self) -> ctypes.Structure:
+        """struct fuse_operations; what has no callback stays empty."""
+        kind = self._module.fuse_operations if self._major == 3 else _with_fallocate(self._module)
+        operations: ctypes.Structure = kind()
+        work: dict[str, Callable[..., int]] = {name: self._refusal(number) for name, number in REFUSED.items()}
+        for name in (
+            *("init", "getattr", "readdir", "open", "read", "write", "fsync", "release", "truncate"),
+            *("fallocate", "statfs", "chmod", "chown", "utimens"),
+        ):
+            work[name] = getattr(self, "_" + name)
+        if self._major == 2:
+            work["fgetattr"], work["ftruncate"] = self._getattr, self._truncate
+            operations.flag_nullpath_ok = operations.flag_nopath = 1
+        for field in kind._fields_:
+            if field[0] in work:
+                setattr(operations, field[0], field[1](_guarded(field[0], work[field[0]])))
+        return operations
+
+    @staticmethod
+    def _refusal(number: int) -> Callable[..., int]:
+        def refuse(*_: Any) -> int:
+            return -number
+
+        return refuse
+
+    def _init(self, connection: Any, config: Any = None) -> int:
+        if config is not None:
+            connection.contents.max_background = MAX_BACKGROUND
+            connection.contents.congestion_threshold = MAX_BACKGROUND * 3 // 4
+            connection.contents.want &= ~_SPLICE  # data go through memory anyway: pipes only add system calls
+            config.contents.nullpath_ok = 1
+            config.contents.direct_io = 1
+        self._mounted()
+        return 0
+
+    def _getattr(self, path: bytes | None, buffer: Any, info: Any = None) -> int:
+        fields = self._fs.getattr(path, info.contents.fh if info else None)
+        ctypes.memset(buffer, 0, ctypes.sizeof(self._module.c_stat))
+        stat = buffer.contents
+        for name, value in fields.items():
+            if name.endswith("time"):
+                spec = getattr(stat, name + "spec")
+                spec.tv_sec, spec.tv_nsec = divmod(value, 10**9)
+            else:
+                setattr(stat, name, value)
+        return 0
+
+    def _readdir(self, path: bytes | None, buffer: Any, fill: Any, *_: Any) -> int:
+        for name in (".", "..", *self._fs.readdir()):
+            if fill(buffer, name.encode(), None, 0, *([0] if self._major == 3 else [])):
+                return -errno.ENOMEM
+        return 0
+
+    def _open(self, path: bytes, info: Any) -> int:
+        contents = info.contents
+        contents.fh = self._fs.open(path, contents.flags)
+        return 0
+
+    def _read(self, path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
+        return self._fs.read(info.contents.fh, _memory(buffer, size, _WRITABLE), offset)
+
+    def _write(self, path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
+        return self._fs.write(info.contents.fh, _memory(buffer, size, _READ_ONLY), offset)
+
+    def _fsync(self, path: bytes | None, datasync: int, info: Any) -> int:
+        self._fs.fsync(info.contents.fh)
+        return 0
+
+    def _release(self, path: bytes | None, info: Any) -> int:
+        self._fs.release(info.contents.fh)
+        return 0
+
+    def _truncate(self, path: bytes | None, length: int, info: Any = None) -> int:
+        self._fs.truncate(path, info.contents.fh if info else None, length)
+        return 0
+
+    def _fallocate(self, path: bytes | None, mode: int, offset: int, length: int, info: Any) -> int:
+        self._fs.fallocate(info.contents.fh, mode, offset, length)
+        return 0
+
+    def _statfs(self, path: bytes | None, buffer: Any) -> int:
+        fields = self._fs.statfs()
+        for name, value in fields.items():
+            setattr(buffer.contents, name, value)
+        return 0
+
+    def _chmod(self, path: bytes | None, mode: int, info: Any = None) -> int:
+        self._fs.chmod(path, info.contents.fh if info else None, mode)
+        return 0
+
+    def _chown(self, path: bytes | None, uid: int, gid: int, info: Any = None) -> int:
+        # −1, which means unchanged, arrives as the largest number
+        uid, gid = (-1 if n == 2**32 - 1 else n for n in (uid, gid))
+        self._fs.chown(path, info.contents.fh if info else None, uid, gid)
+        return 0
+
+    def _utimens(self, path: bytes | None, times: Any, info: Any = None) -> int:
+        fh = info.contents.fh if info else None
+        now, omit = 2**30 - 1, 2**30 - 2  # UTIME_NOW, UTIME_OMIT
+        mtime = times.contents.modtime if times else None
+        if mtime is None or mtime.tv_nsec == now:
+            self._fs.utimens(path, fh, None)
+        elif mtime.tv_nsec != omit:
+            self._fs.utimens(path, fh, mtime.tv_sec * 10**9 + mtime.tv_nsec)
+        return 0
+
+
+def _with_fallocate(module: Any) -> Any:
+    """fusepy's structure ends before the fields that libfuse 2.9 has added."""
+    fields = list(module.fuse_operations._fields_)
+    handle = ctypes.POINTER(module.fuse_file_info)
+    offset = ctypes.c_longlong
+    fields += [(name, ctypes.c_void_p) for name in ("poll", "write_buf", "read_buf", "flock")]
+    fields.append(("fallocate", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int, offset, offset, handle)))
+    return type("fuse_operations", (ctypes.Structure,), {"_fields_": fields})

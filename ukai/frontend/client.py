@@ -1,0 +1,395 @@
+"""Requests to the blockd of this node, from the threads of libfuse.
+
+A thread takes a connected DEALER from a free list and puts it back after the reply: sockets are not thread-safe, and
+thread-locals don't survive between callbacks.  A socket whose request has no reply is never used again.
+
+While a request waits, its thread looks every slice whether the process that it was sent to is still the running
+one; ``Watch`` knows.
+
+A write that got no reply within its time may yet be done, by a blockd that was frozen, say, and connections have no
+order among each other.  So further writes to that image wait until it is answered or its blockd is gone: else it
+could overwrite what was written later.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import threading
+import time
+from typing import Any
+
+import zmq
+
+from ukai import messages
+from ukai.errors import RemoteProtocolError, StaleHandle, Timeout, UkaiError, Unreachable, from_wire
+from ukai.frontend.core import Handle, Verdict, after_error, pause_s
+from ukai.frontend.watch import Watch, dealer
+from ukai.messages import Header
+
+log = logging.getLogger(__name__)
+
+IDLE_CHANNELS = 64
+CLOSE_WAIT_S = 2.0
+
+_SNDMORE, _RCVMORE, _DONTWAIT = int(zmq.SNDMORE), int(zmq.RCVMORE), int(zmq.DONTWAIT)
+_CHANGES_DATA = ("w", "z")
+
+
+class _Gone(Exception):
+    """The blockd process that a request was sent to is not the running one any more."""
+
+
+class Channel:
+    """One connected DEALER; belongs to one thread at a time."""
+
+    __slots__ = ("busy_bytes", "number", "socket")
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
+        self.socket = dealer(context, endpoint)
+        self.number = 0
+        self.busy_bytes = -1
+        """Bytes of the request under way; −1: none."""
+
+
+class Client:
+    """What the filesystem asks of blockd.  All methods may be called from any thread.
+
+    Each request has one deadline as a whole; a lost or restarted blockd is waited for within it.
+    """
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, io_timeout_s: float, beat_interval_s: float) -> None:
+        self.name = secrets.token_hex(8)
+        self.protocol_errors = 0
+        self._context, self._endpoint = context, endpoint
+        self._io_timeout_s = io_timeout_s
+        self._inc = ""
+        self._free: list[Channel] = []
+        self._all: set[Channel] = set()
+        self._changed = threading.Condition(threading.RLock())
+        self._overdue: dict[str, list[Channel]] = {}
+        self._numbers = itertools.count((secrets.randbits(30) << 32) + 1)
+        self._handles: dict[int, Handle] = {}
+        self._closing: set[int] = set()
+        self._closed = False
+        self._watch = Watch(context, endpoint, beat_interval_s, self)
+
+    def start(self) -> None:
+        self._watch.start()
+
+    def give_up(self) -> None:
+        """Requests that wait end within a slice."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """No thread may be in a request any more."""
+        self.give_up()
+        self._watch.stop()
+        self._drop_held()
+        self._drop_free()
+
+    # -- what the filesystem calls
+
+    def open(self, handle: Handle) -> None:
+        """Open ``handle``'s image at blockd; fills in what the reply says.  Raises UkaiError."""
+        handle.number = next(self._numbers)
+        handle.gate = threading.Lock()
+        self._handles[handle.number] = handle
+        try:
+            self._open(handle, time.monotonic() + self._io_timeout_s)
+        except BaseException:
+            self._handles.pop(handle.number, None)
+            raise
+
+    def close_handle(self, handle: Handle) -> None:
+        """Forget a handle.  If blockd doesn't answer, Watch goes on telling it."""
+        self._handles.pop(handle.number, None)
+        if handle.at and handle.at == self._inc:
+            self._closing.add(handle.number)
+            try:
+                self.call({"op": "close", "h": handle.number}, min(CLOSE_WAIT_S, self._io_timeout_s))
+            except UkaiError as e:
+                log.info("close of %s waits: %s", handle.disk.name, e.message)
+                return
+            self._closing.discard(handle.number)
+
+    def handles(self) -> list[Handle]:
+        return list(self._handles.values())
+
+    def handle(self, number: int) -> Handle | None:
+        return self._handles.get(number)
+
+    def under_way(self) -> tuple[int, int]:
+        """Requests without a reply yet, and their bytes."""
+        busy = [c.busy_bytes for c in list(self._all) if c.busy_bytes >= 0]
+        return len(busy), sum(busy)
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._inc)
+
+    def read(self, handle: Handle, offset: int, into: memoryview) -> None:
+        """Fill ``into`` with what the image holds at ``offset``.  Raises UkaiError."""
+        size = len(into)
+        _, count = self._call({"op": "r", "h": handle.number, "o": offset, "l": size}, handle, None, into, size)
+        if count != size:
+            self.protocol_errors += 1
+            raise RemoteProtocolError(f"blockd answered a read of {size} bytes with {count}")
+
+    def write(self, handle: Handle, offset: int, data: memoryview) -> None:
+        """Raises UkaiError; without one, the data are where R4 wants them."""
+        header: Header = {"op": "w", "h": handle.number, "o": offset, "s": handle.synchronous}
+        self._call(header, handle, data, None, len(data))
+
+    def zero(self, handle: Handle, offset: int, length: int) -> None:
+        """Raises UkaiError."""
+        header = {"op": "z", "h": handle.number, "o": offset, "l": length, "s": handle.synchronous}
+        self._call(header, handle, None, None, 0)
+
+    def flush(self, handle: Handle) -> None:
+        """All that was written is on disk (R7).  Raises UkaiError."""
+        self._call({"op": "f", "h": handle.number}, handle, None, None, 0)
+
+    def call(self, header: Header, timeout_s: float) -> Header:
+        """A request that belongs to no handle.  Raises UkaiError."""
+        return self._call(header, None, None, None, 0, time.monotonic() + timeout_s)[0]
+
+    # -- one request: as often as it takes
+
+    def _call(
+        self,
+        header: Header,
+        handle: Handle | None,
+        payload: memoryview | None,
+        into: memoryview | None,
+        size: int,
+        deadline: float = 0.0,
+    ) -> tuple[Header, int]:
+        """The reply and the length of its payload, which is in ``into``."""
+        deadline = deadline or time.monotonic() + self._io_timeout_s
+        changes_data = header["op"] in _CHANGES_DATA
+        for attempt in itertools.count():
+            inc = self._inc
+            # Healthy: the handle is open at the running process and nothing is overdue; all of this is skipped.
+            if handle is not None:
+                if handle.at != inc or not inc or (handle.stale and into is None):
+                    inc = self._bring(handle, deadline)
+                if self._overdue and changes_data:
+                    self._await_overdue(handle, deadline)
+            elif not inc:
+                inc = self._await_blockd(deadline)
+            header["inc"] = inc
+            uuid = handle.disk.uuid if handle is not None and changes_data else ""
+            try:
+                reply, count = self._exchange(inc, header, payload, into, size, deadline, uuid)
+            except _Gone:
+                continue
+            code = reply.get("err")
+            if code is None:
+                return reply, count
+            self._judge(from_wire(code, reply.get("msg", "")), handle, inc, attempt, deadline)
+        raise AssertionError
+
+    def _judge(self, error: UkaiError, handle: Handle | None, inc: str, attempt: int, deadline: float) -> None:
+        """Raise ``error``, or return when the request is to be sent again."""
+        verdict = after_error(error)
+        if verdict is Verdict.STALE and handle is not None:
+            handle.stale = error.message or "another node has written the image since it was opened"
+            raise error
+        if verdict is Verdict.FAIL or verdict is Verdict.STALE:
+            raise error
+        if verdict is Verdict.REOPEN:
+            if handle is not None and handle.at == inc:
+                handle.at = ""
+            self._watch.doubt()
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise Timeout(f"not done within the time: {error.message}")
+        with self._changed:
+            if self._inc == inc:
+                self._changed.wait(min(left, pause_s(attempt)))
+
+    def _exchange(
+        self,
+        inc: str,
+        header: Header,
+        payload: memoryview | None,
+        into: memoryview | None,
+        size: int,
+        deadline: float,
+        uuid: str,
+    ) -> tuple[Header, int]:
+        """Send once and wait.  Raises _Gone, Timeout; with ``uuid`` a request left unanswered holds back others."""
+        try:
+            channel = self._free.pop()
+        except IndexError:
+            channel = Channel(self._context, self._endpoint)
+            self._all.add(channel)
+        channel.number = number = channel.number + 1
+        channel.busy_bytes = size
+        header["id"] = number
+        socket = channel.socket
+        sent = answered = False
+        try:
+            data = messages.pack(header)
+            while True:
+                try:
+                    socket.send(data, 0 if payload is None else _SNDMORE)
+                    break
+                except zmq.Again:
+                    self._look(inc, deadline, "can't be reached", Unreachable)
+            sent = True
+            if payload is not None:
+                socket.send(payload)
+            while True:
+                try:
+                    frame = socket.recv()
+                    break
+                except zmq.Again:
+                    self._look(inc, deadline, f"did not answer {header['op']}", Timeout)
+            count = 0
+            if socket.getsockopt(_RCVMORE):
+                count = socket.recv_into(into if into is not None else bytearray())
+            reply = messages.unpack(frame)
+            if reply.get("re") != number or socket.getsockopt(_RCVMORE):
+                self.protocol_errors += 1
+                raise RemoteProtocolError("blockd answered with a message that is no reply to the request")
+            answered = True
+            return reply, count
+        except _Gone:
+            sent = False
+            raise
+        finally:
+            channel.busy_bytes = -1
+            if answered and len(self._free) < IDLE_CHANNELS:
+                self._free.append(channel)
+            elif sent and not answered and uuid:
+                self._hold(uuid, channel, inc)
+            else:
+                self._drop(channel)
+
+    def _look(self, inc: str, deadline: float, what: str, error: type[UkaiError]) -> None:
+        """Between two slices of waiting: is there still somebody to wait for?"""
+        if self._inc != inc:
+            raise _Gone
+        if time.monotonic() >= deadline or self._closed:
+            raise error(f"blockd of this node {what} within the time")
+        self._watch.doubt()
+
+    # -- when not everything is healthy
+
+    def _bring(self, handle: Handle, deadline: float) -> str:
+        """Have ``handle`` open at the running blockd; returns that one's name."""
+        if handle.stale:
+            raise StaleHandle(handle.stale)
+        inc = self._await_blockd(deadline)
+        if not handle.gate.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise Timeout(f"{handle.disk.name} could not be opened again within the time")
+        try:
+            if handle.at != (inc := self._inc):
+                self._open(handle, deadline)
+                inc = handle.at
+            return inc
+        finally:
+            handle.gate.release()
+
+    def _open(self, handle: Handle, deadline: float) -> None:
+        header: Header = {
+            "op": "open",
+            "frontend": self.name,
+            "h": handle.number,
+            "image": handle.disk.name,
+            "epoch": handle.epoch,
+        }
+        try:
+            reply, _ = self._call(header, None, None, None, 0, deadline)
+            uuid = messages.text(reply, "uuid")
+            if uuid != handle.disk.uuid:
+                raise StaleHandle(f"{handle.disk.name} is another image now")
+        except StaleHandle as e:
+            handle.stale = e.message
+            raise
+        handle.size = messages.integer(reply, "size", 1)
+        handle.block_size = messages.integer(reply, "block_size", 1)
+        handle.epoch = messages.integer(reply, "epoch", 0)
+        handle.at = header["inc"]
+
+    def _await_blockd(self, deadline: float) -> str:
+        with self._changed:
+            while not self._inc:
+                left = deadline - time.monotonic()
+                if left <= 0 or self._closed:
+                    raise Unreachable("blockd of this node is not running")
+                self._changed.wait(left)
+            return self._inc
+
+    def _await_overdue(self, handle: Handle, deadline: float) -> None:
+        with self._changed:
+            while handle.disk.uuid in self._overdue:
+                left = deadline - time.monotonic()
+                if left <= 0 or self._closed:
+                    raise Timeout(f"an earlier write to {handle.disk.name} has not been answered yet")
+                self._changed.wait(left)
+
+    def _hold(self, uuid: str, channel: Channel, inc: str) -> None:
+        with self._changed:
+            if self._inc == inc and not self._closed:
+                self._overdue.setdefault(uuid, []).append(channel)
+                return
+        self._drop(channel)
+
+    def _drop(self, channel: Channel) -> None:
+        self._all.discard(channel)
+        channel.socket.close(0)
+
+    def _drop_free(self) -> None:
+        while self._free:
+            try:
+                channel = self._free.pop()
+            except IndexError:
+                return
+            self._drop(channel)
+
+    def _drop_held(self) -> None:
+        with self._changed:
+            for channel in itertools.chain.from_iterable(self._overdue.values()):
+                self._drop(channel)
+            self._overdue.clear()
+
+    # -- what Watch tells
+
+    def closing(self) -> list[int]:
+        return list(self._closing)
+
+    def was_closed(self, number: int) -> None:
+        self._closing.discard(number)
+
+    def arrived(self, inc: str) -> None:
+        """Requests sent to another process than ``inc`` were lost with it; their threads send them again."""
+        log.info("blockd %s is running", inc)
+        with self._changed:
+            self._inc = inc
+            self._closing.clear()
+            self._drop_held()
+            self._drop_free()
+            self._changed.notify_all()
+
+    def look_around(self) -> None:
+        """Let go what waits for an overdue write that has been answered meanwhile."""
+        if not self._overdue:
+            return
+        with self._changed:
+            for uuid, channels in list(self._overdue.items()):
+                for channel in list(channels):
+                    try:
+                        channel.socket.recv_multipart(_DONTWAIT)
+                    except zmq.Again:
+                        continue
+                    channels.remove(channel)
+                    self._drop(channel)
+                if not channels:
+                    del self._overdue[uuid]
+            self._changed.notify_all()
