@@ -150,7 +150,7 @@ def test_metad_gets_less_time_than_we_have(metad: FakeMetad, run: Run) -> None:
 def test_force_names_its_price_and_wants_a_yes(metad: FakeMetad, run: Run) -> None:
     result = run("migrate", "image01", "127.0.0.2", "--force")
     assert result.exit_code == 1
-    assert "the writer 127.0.0.1 is not asked to finish" in result.stderr
+    assert "if the writer, 127.0.0.1, can't be asked to finish" in result.stderr
     assert "--yes" in result.stderr
     assert "migrate" not in metad.ops()
     assert run("migrate", "image01", "127.0.0.2", "--force", "--yes").exit_code == 0

@@ -28,7 +28,7 @@ SUMMARY_KEYS = [
     "locations",
     "open",
 ]
-IMAGE_KEYS = [*SUMMARY_KEYS, "placement", "active", "job"]
+IMAGE_KEYS = [*SUMMARY_KEYS, "placement", "placement_omitted", "active", "job"]
 NODE_KEYS = ["address", "state", "since", "reason", "store_id", "space_free", "space_total", "images"]
 JOB_KEYS = [
     "image",
@@ -72,6 +72,7 @@ SHAPES: dict[str, dict[str, list[str] | None]] = {
         "cluster_id": None,
         "seq": None,
         "metad": ["address", "version", "since"],
+        "behind": None,
         "nodes": NODE_KEYS,
         "images": SUMMARY_KEYS,
         "jobs": JOB_KEYS,

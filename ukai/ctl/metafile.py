@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 
 from ukai.ctl.schema import Map
-from ukai.errors import RemoteProtocolError
+from ukai.errors import Refused, RemoteProtocolError
 
 
 def text(header: Map, parts: Iterable[tuple[int, dict[str, int]]]) -> Iterator[str]:
@@ -37,7 +37,15 @@ def of_new(
 
 
 def of_image(image: Map) -> Iterator[str]:
-    """A known image's file, from its placement.  Raises RemoteProtocolError when that has holes."""
+    """A known image's file, from its placement.
+
+    Raises Refused when metad left out a part of that, RemoteProtocolError when it has holes.
+    """
+    if image["placement_omitted"]:
+        raise Refused(
+            f"image {image['name']} is in too many pieces to print each block: metad left out "
+            f"{image['placement_omitted']} ranges; bring it in sync first: ukai-ctl sync start {image['name']}"
+        )
     header = {key: image[key] for key in ("name", "size", "block_size", "hypervisors")}
     parts = []
     expected = 0

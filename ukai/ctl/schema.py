@@ -69,7 +69,7 @@ METRIC: Map = {"time": None, "node": "", "process": "", "metrics": []}
 
 def pick(raw: object, keys: Map) -> Map:
     """The values of ``keys`` in what a peer sent; a default of None stands for a number that may be missing."""
-    given = raw if isinstance(raw, dict) else {}
+    given = _map(raw)
     out: Map = {}
     for key, default in keys.items():
         value = given.get(key)
@@ -80,6 +80,10 @@ def pick(raw: object, keys: Map) -> Map:
         else:
             out[key] = default.copy() if isinstance(default, list | dict) else default
     return out
+
+
+def _map(raw: object) -> Map:
+    return raw if isinstance(raw, dict) else {}
 
 
 def _list(raw: object) -> list[Any]:
@@ -119,10 +123,15 @@ def summaries(raw: object) -> list[Map]:
 
 
 def image(raw: object) -> Map:
-    """A summary with ``placement``, ``active`` and ``job`` (null where there is none)."""
+    """A summary with ``placement``, ``active`` and ``job`` (null where there is none).
+
+    ``placement_omitted`` counts the ranges that metad left out of a placement in too many pieces.
+    """
     out = summary(raw)
-    given = raw if isinstance(raw, dict) else {}
+    given = _map(raw)
+    omitted = given.get("placement_omitted")
     out["placement"] = _maps(given.get("placement"), RANGE)
+    out["placement_omitted"] = omitted if type(omitted) is int else 0
     for part in out["placement"]:
         part["replicas"] = _named(part["replicas"], REPLICA)
     out["active"] = block_ranges(given.get("active"))
@@ -153,10 +162,12 @@ def errors(raw: object) -> list[Map]:
 
 
 def status(raw: Map) -> Map:
+    """All that ``status`` shows; ``behind`` is empty unless metad is older than what nodes have seen (R12)."""
     return {
         "cluster_id": str(raw.get("cluster_id", "")),
         "seq": raw.get("seq") if type(raw.get("seq")) is int else 0,
         "metad": pick(raw.get("metad"), METAD),
+        "behind": {str(node): seq for node, seq in _map(raw.get("behind")).items() if type(seq) is int},
         "nodes": nodes(raw.get("nodes")),
         "images": summaries(raw.get("images")),
         "jobs": jobs(raw.get("jobs")),

@@ -217,6 +217,8 @@ def picture(session: Session, image: Map) -> None:
             for node, status, reason, blocks in schema.by_status(image)
         ),
     )
+    if image["placement_omitted"]:
+        out.line(f"and {image['placement_omitted']} more ranges, which metad left out")
 
 
 def job_line(job: Map) -> str:

@@ -43,8 +43,8 @@ def _agree(session: Session, image: str, node: str) -> None:
     """Name the price of force and ask.  Raises Refused without a yes, or where nobody can be asked."""
     writer = schema.summary(session.ask("image.show", {"name": image}).get("image"))["writer"]
     price = (
-        f"{image}: the writer {writer or '(nobody now)'} is not asked to finish. What a machine there wrote "
-        f"and did not fsync may be lost, and its open handles get I/O errors. Be sure that it no longer runs there."
+        f"{image}: if the writer, {writer or 'nobody now'}, can't be asked to finish, what a machine there wrote and "
+        "did not fsync may be lost, and its open handles get I/O errors. Be sure that it no longer runs there."
     )
     if not sys.stdin.isatty():
         raise Refused(f"{price} To go on, add --yes")

@@ -36,8 +36,8 @@ def node_table(session: Session, nodes: list[Map], indent: int = 0) -> None:
                 render.styled(node["state"]),
                 render.age(node["since"]),
                 str(node["images"]),
-                render.size(node["space_free"]),
-                render.size(node["space_total"]),
+                render.size(node["space_free"] if node["space_total"] else None),
+                render.size(node["space_total"] or None),
                 node["reason"] or "-",
             ]
             for node in nodes

@@ -24,6 +24,9 @@ def command(session: Session) -> None:
         f"metad {metad['address'] or session.config.metad_address} {metad['version']}, up {render.age(metad['since'])}"
         f", metadata {state['seq']}, cluster {state['cluster_id'][:8] or '-'}"
     )
+    if state["behind"]:
+        seen = ", ".join(f"{node} has seen {seq}" for node, seq in state["behind"].items())
+        out.line(f"the metadata is OLDER than what nodes have seen, and changes are refused: {seen}")
     out.line()
     if state["nodes"]:
         node_table(session, state["nodes"])
