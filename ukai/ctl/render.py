@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 PIPE_WIDTH = 1000
+FOLDED_WIDTH = 18
 STYLES = {
     "ok": "green",
     "up": "green",
@@ -63,6 +64,10 @@ class Output:
     def line(self, text: str | Text = "") -> None:
         self._print(text)
 
+    def unfolded(self, text: Text) -> None:
+        """A line that may be longer than the terminal is wide, as of a log."""
+        self._print(text, fold=False)
+
     def notes(self, notes: Iterable[str]) -> None:
         for note in notes:
             self._print(f"note: {note}")
@@ -73,13 +78,17 @@ class Output:
         sys.stderr.flush()
 
     def table(self, headers: Sequence[str], rows: Iterable[Sequence[str | Text]], indent: int = 0) -> None:
-        """A header in ``>`` is right-aligned, one in ``*`` may be folded; all others keep their width."""
+        """A header in ``>`` is right-aligned, one in ``*`` may be folded; all others keep their width.
+
+        A column that may be folded keeps FOLDED_WIDTH, so that not one of them is crushed for another's sake.
+        """
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for header in headers:
             table.add_column(
                 header.strip(">*"),
                 justify="right" if header.startswith(">") else "left",
                 no_wrap=not header.startswith("*"),
+                min_width=FOLDED_WIDTH if header.startswith("*") else None,
                 overflow="fold",
             )
         for row in rows:
@@ -95,11 +104,11 @@ class Output:
             table.add_row(Text("  " + name), value if isinstance(value, Text) else Text(value))
         self._print(table)
 
-    def _print(self, what: str | Text | Table, indent: int = 0) -> None:
+    def _print(self, what: str | Text | Table, indent: int = 0, fold: bool = True) -> None:
         """Lines without the blanks that pad the last column."""
         if isinstance(what, str):
             what = Text(what)
-        folds = isinstance(what, Table) or self._console.is_terminal
+        folds = isinstance(what, Table) or (fold and self._console.is_terminal)
         with self._console.capture() as capture:
             self._console.print(what, soft_wrap=not folds)
         for line in capture.get().splitlines():

@@ -39,6 +39,7 @@ class Meter:
                 TextColumn("{task.fields[note]}", markup=False),
                 console=render.console(stderr=True),
                 expand=True,
+                transient=True,  # what follows says how it ended
             )
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=100, note="")

@@ -173,7 +173,7 @@ def in_sync(image: Map) -> str:
 
 def image_table(session: Session, images: list[Map], indent: int = 0) -> None:
     session.out.table(
-        ["IMAGE", ">SIZE", "HEALTH", "WRITER", ">OPEN", "*IN SYNC"],
+        ["*IMAGE", ">SIZE", "HEALTH", "WRITER", ">OPEN", "*IN SYNC"],
         (
             [
                 image["name"],

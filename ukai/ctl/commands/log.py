@@ -89,5 +89,5 @@ def _show(session: Session, record: schema.Map) -> None:
         return
     level = Text(f"{record['level']:<7}", LEVEL_STYLES.get(record["level"], ""))
     where = f"{render.clock(record['time'])} {record['node']} {record['process']} "
-    session.out.line(Text.assemble(where, level, f" {record['message']}"))
+    session.out.unfolded(Text.assemble(where, level, f" {record['message']}"))
     sys.stdout.flush()

@@ -55,7 +55,7 @@ def error_table(session: Session, errors: list[Map]) -> None:
         (
             [
                 error["address"],
-                f"{render.moment(error['since'])} ({render.age(error['since'])})",
+                render.moment(error["since"]),
                 error["reason"] or "-",
                 ", ".join(error["reported_by"]) or "-",
             ]
