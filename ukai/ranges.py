@@ -54,6 +54,11 @@ class RangeMap(Generic[V]):
             i += 1
         return out
 
+    def touching(self, first: int, last: int) -> list[tuple[int, int, V]]:
+        """The ranges that touch first..last, whole."""
+        lo, hi = bisect_left(self._last, first), bisect_right(self._first, last)
+        return list(zip(self._first[lo:hi], self._last[lo:hi], self._value[lo:hi], strict=True))
+
     def gaps(self, first: int, last: int) -> list[tuple[int, int]]:
         """The parts of first..last that have no value."""
         out = []

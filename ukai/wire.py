@@ -70,13 +70,14 @@ class Port:
         if self._again is None:
             self._again = self._loop.call_soon(self._drain)
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = 0) -> None:
+        """Close; what is queued to be sent has ``linger_ms`` to go out."""
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._fd)
             if self._again is not None:
                 self._again.cancel()
-            self.socket.close(0)
+            self.socket.close(linger_ms)
 
 
 def bound(context: zmq.Context[Any], endpoint: str, limit: int, on_message: Callable[[Frames], None]) -> Port:

@@ -1,0 +1,290 @@
+"""A blockd comes: compare what it holds with what it should hold (R8, R12), and give it its place.
+
+The decisions are ``refusal`` and ``compare``; ``register`` and ``beat`` are the operations.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ukai import messages
+from ukai.errors import Behind, Refused, RemoteProtocolError, UkaiError
+from ukai.messages import Header
+from ukai.metad import replicas
+from ukai.metad.core import Core, Session
+from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, Change, Cluster, Image, Node
+from ukai.ranges import RangeMap
+
+NO_DATA = "no data of this image on the node"
+RESTARTED = "node restarted while the block was active"
+INTERRUPTED = "resync interrupted: the node's blockd was restarted"
+REPLACED = "the node's data directory was replaced by another"
+OLDER_STORE = "the node's data directory is an older copy"
+
+
+@dataclass(slots=True)
+class Holding:
+    """What a node has of one image."""
+
+    gens: RangeMap[int] = field(default_factory=RangeMap)
+    bad: RangeMap[str] = field(default_factory=RangeMap)
+
+
+@dataclass(slots=True)
+class Report:
+    """What a node says of itself when it registers."""
+
+    node: str
+    inc: str
+    store_id: str
+    boot_id: str
+    serial: int
+    highest_seq: int
+    cluster_id: str
+    images: dict[str, Holding]
+
+
+def read(fields: Header) -> Report:
+    """Raises RemoteProtocolError."""
+    node = messages.text(fields, "node", 64)
+    try:
+        ipaddress.IPv4Address(node)
+    except ValueError:
+        raise RemoteProtocolError(f"field node: an IPv4 address is wanted, not {node!r}") from None
+    images = fields.get("images", [])
+    if type(images) is not list:
+        raise RemoteProtocolError("field images: a list is wanted")
+    held: dict[str, Holding] = {}
+    for item in images:
+        if type(item) is not dict:
+            raise RemoteProtocolError("field images: a list of maps is wanted")
+        held[messages.text(item, "uuid", 64)] = Holding(_map(item, "gens", int), _map(item, "bad", str))
+    return Report(
+        node=node,
+        inc=messages.text(fields, "inc", 64),
+        store_id=messages.text(fields, "store_id", 64),
+        boot_id=messages.text(fields, "boot_id", 64),
+        serial=messages.integer(fields, "serial"),
+        highest_seq=messages.integer(fields, "highest_seq"),
+        cluster_id=messages.text(fields, "cluster_id", 64, default=""),
+        images=held,
+    )
+
+
+def _map(item: Header, name: str, kind: type) -> RangeMap[Any]:
+    value = item.get(name, [])
+    out: RangeMap[Any] = RangeMap()
+    if type(value) is not list:
+        raise RemoteProtocolError(f"field {name}: a list of ranges is wanted")
+    for row in value:
+        if type(row) is not list or len(row) != 3 or type(row[0]) is not int or type(row[1]) is not int:
+            raise RemoteProtocolError(f"field {name}: a range is [first, last, value], not {row!r:.50}")
+        if not 0 <= row[0] <= row[1] or type(row[2]) is not kind:
+            raise RemoteProtocolError(f"field {name}: {row!r:.50} is out of order or of the wrong kind")
+        out.set(row[0], row[1], row[2])
+    return out
+
+
+def refusal(cluster: Cluster, report: Report) -> str:
+    """Why the node can't take part at all, in one line; empty: it can."""
+    if report.cluster_id and report.cluster_id != cluster.cluster_id:
+        return (
+            f"node {report.node} belongs to cluster {report.cluster_id}, this is cluster {cluster.cluster_id}: check "
+            "metad_address on the node and metadata_root here"
+        )
+    for other in cluster.nodes.values():
+        if other.address != report.node and report.store_id and other.store_id == report.store_id:
+            return (
+                f"the data directory of node {report.node} is that of node {other.address} (store "
+                f"{report.store_id}): put each node's data_root back in its place"
+            )
+    return ""
+
+
+def distrust(known: Node | None, saved_seq: int, report: Report) -> str:
+    """Why nothing that was written on the node is taken for what it was; empty: it is (R8).
+
+    The serial grows at each registration, ``saved_seq`` is the metadata sequence that the node's last beat
+    said it had stored: a store that has less is an older copy.
+    """
+    if known is None or not known.store_id:
+        return ""
+    if known.store_id != report.store_id:
+        return REPLACED
+    if report.serial < known.serial:
+        return f"{OLDER_STORE} (registration {report.serial}, {known.serial} is known)"
+    if report.highest_seq < saved_seq:
+        return f"{OLDER_STORE} (it has seen change {report.highest_seq}, it had seen {saved_seq})"
+    return ""
+
+
+def compare(image: Image, report: Report, *, same_process: bool, rebooted: bool, distrusted: str) -> list[Change]:
+    """Changes that put the node's replicas of one image right (R8), the last in-sync ones excepted (R9)."""
+    where = image.locations.get(report.node)
+    if where is None:
+        return []
+    holding = report.images.get(image.uuid)
+    marks: list[replicas.Mark] = []
+    for first, last, replica in where:
+        if replica.status == OUT_OF_SYNC:
+            continue
+        if replica.status == SYNCING and not same_process:
+            marks.append((first, last, INTERRUPTED))
+            continue
+        if holding is None or distrusted:
+            if replica.generation:
+                marks.append((first, last, distrusted or NO_DATA))
+            continue
+        marks.extend(holding.bad.within(first, last) if replica.generation else ())
+        if replica.status == IN_SYNC and not same_process and replica.generation:
+            marks.extend(_older(image, report.node, first, last, replica.generation, holding.gens))
+            if rebooted:
+                for a, b in image.active.within(first, last):
+                    marks.append((a, b, RESTARTED))
+    rows, _ = replicas.out_of_sync(image, report.node, _once(marks))
+    return replicas.changes(image, {report.node: rows})
+
+
+def _older(image: Image, node: str, first: int, last: int, generation: int, gens: RangeMap[int]) -> list[replicas.Mark]:
+    """Where the node's generations are below what is required of it."""
+    earlier = image.before.get(node)
+    found: list[replicas.Mark] = []
+    parts: list[tuple[int, int, int]] = list(earlier.within(first, last)) if earlier is not None else []
+    for a, b in earlier.gaps(first, last) if earlier is not None else [(first, last)]:
+        parts.append((a, b, generation))
+    for a, b, needed in parts:
+        for c, d, have in gens.within(a, b):
+            if have < needed:
+                found.append((c, d, f"generation {have} is below {needed}: an older copy"))
+        if needed:
+            for c, d in gens.gaps(a, b):
+                found.append((c, d, f"generation 0 is below {needed}: an older copy"))
+    return found
+
+
+def _once(marks: list[replicas.Mark]) -> list[replicas.Mark]:
+    """Each block once, with the first reason given for it."""
+    taken: RangeMap[str] = RangeMap()
+    for first, last, reason in marks:
+        for a, b in taken.gaps(first, last):
+            taken.set(a, b, reason)
+    return list(taken)
+
+
+def register(core: Core, fields: Header) -> Header:
+    """Compare, commit, and take the node in.  Raises Behind, Refused, RemoteProtocolError."""
+    report = read(fields)
+    cluster, node = core.cluster, report.node
+    if reason := refusal(cluster, report):
+        core.refused[node] = reason
+        core.sessions.pop(node, None)
+        raise (Behind if report.cluster_id not in ("", cluster.cluster_id) else Refused)(reason)
+    if report.highest_seq > cluster.seq:
+        core.behind[node] = report.highest_seq
+    core.check_current()
+    core.refused.pop(node, None)
+    known = cluster.nodes.get(node)
+    former = core.sessions.get(node)
+    same = known is not None and known.inc == report.inc
+    rebooted = known is not None and known.boot_id not in ("", report.boot_id)
+    distrusted = distrust(known, former.saved_seq if former is not None else 0, report)
+    serial = max(report.serial, known.serial if known is not None else 0)
+    changes: list[Change] = []
+    row: Change = {"store_id": report.store_id, "boot_id": report.boot_id, "inc": report.inc}
+    if distrusted:
+        row["serial"] = serial = serial + 1
+    if known is None or any(getattr(known, k) != v for k, v in row.items()):
+        changes.append({"t": "node", "address": node, **row})
+    for image in cluster.images.values():
+        changes += compare(image, report, same_process=same, rebooted=rebooted, distrusted=distrusted)
+        if image.writer == node and not same:
+            changes.append({"t": "image", "uuid": image.uuid, "writer": "", "former": node})
+    core.commit(changes, f"register {node}")
+    core.sessions[node] = Session(
+        node=node,
+        inc=report.inc,
+        serial=serial + 1,
+        last_beat=core.ports.now(),
+        since=core.ports.wall() if former is None or former.inc != report.inc else former.since,
+        last_wall=core.ports.wall(),
+        saved_seq=report.highest_seq,
+    )
+    return {"serial": serial + 1, "cluster_id": cluster.cluster_id}
+
+
+def beat(core: Core, fields: Header) -> Header:
+    """A node lives; its lease goes on, but not for roles that are being taken from it (R3)."""
+    core.check_current()
+    session = core.session(fields)
+    node = session.node
+    came_back = not core.up(node)
+    roles = _counts(fields, "roles")
+    session.opens = _counts(fields, "opens")
+    session.saved_seq = max(session.saved_seq, messages.integer(fields, "saved_seq", default=0))
+    session.down = _down(fields)
+    session.progress = _progress(core, fields)
+    session.space = _space(fields)
+    session.roles = roles
+    session.last_beat = core.ports.now()
+    session.last_wall = core.ports.wall()
+    if came_back:
+        session.since = session.last_wall
+    lost = []
+    for uuid, epoch in roles.items():
+        image = core.cluster.images.get(uuid)
+        if image is None or image.writer != node or image.epoch != epoch or uuid in core.revoked:
+            lost.append(uuid)
+    if core.reopen.get(node):
+        core.ports.spawn("reopen", _reopen(core, node))
+    return {"lost": lost}
+
+
+async def _reopen(core: Core, node: str) -> None:
+    """Tell a node that was out of reach that images may be opened again."""
+    for uuid in list(core.reopen.get(node, ())):
+        image = core.cluster.images.get(uuid)
+        if image is not None and image.online and node in image.hypervisors:
+            try:
+                await core.call(node, "close", {"image": uuid, "reopen": True}, core.config.replica_timeout)
+            except UkaiError:
+                return  # tried again at the next beat
+        core.reopen[node].discard(uuid)
+
+
+def _counts(fields: Header, name: str) -> dict[str, int]:
+    value = fields.get(name, {})
+    if type(value) is not dict or any(type(k) is not str or type(v) is not int for k, v in value.items()):
+        raise RemoteProtocolError(f"field {name}: a map of whole numbers is wanted")
+    return value
+
+
+def _down(fields: Header) -> list[tuple[str, float, str]]:
+    value = fields.get("down", [])
+    out: list[tuple[str, float, str]] = []
+    if type(value) is not list:
+        raise RemoteProtocolError("field down: a list is wanted")
+    for item in value:
+        if type(item) is not list or len(item) != 3 or type(item[0]) is not str or type(item[2]) is not str:
+            raise RemoteProtocolError("field down: [node, since, reason] is wanted")
+        if type(item[1]) not in (int, float):
+            raise RemoteProtocolError("field down: since is a number")
+        out.append((item[0], float(item[1]), item[2]))
+    return out
+
+
+def _progress(core: Core, fields: Header) -> dict[str, dict[str, Any]]:
+    value = fields.get("progress", {})
+    if type(value) is not dict or any(type(v) is not dict for v in value.values()):
+        raise RemoteProtocolError("field progress: a map of maps is wanted")
+    out = {uuid: {str(k): v for k, v in figures.items()} for uuid, figures in value.items()}
+    core.progress.update({uuid: figures for uuid, figures in out.items() if uuid in core.cluster.images})
+    return out
+
+
+def _space(fields: Header) -> tuple[int, int]:
+    value = fields.get("space", [0, 0])
+    if type(value) is not list or len(value) != 2 or any(type(v) is not int for v in value):
+        raise RemoteProtocolError("field space: [free, total] is wanted")
+    return value[0], value[1]

@@ -1,0 +1,226 @@
+"""The writer role of an image: who may write it, and how it moves (R1, R2, R3, R5).
+
+Phase one (``grant``) makes sure that the present writer has stopped and reserves an epoch; the new coordinator then
+has the replicas persist it; phase two (``grant_commit``) makes it the writer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from ukai import messages
+from ukai.errors import (
+    Busy,
+    NotCoordinator,
+    NotFound,
+    Refused,
+    StaleEpoch,
+    StaleHandle,
+    UkaiError,
+    Unreachable,
+)
+from ukai.messages import Header
+from ukai.metad import replicas
+from ukai.metad.core import Core, Pending, settle
+from ukai.model import IN_SYNC, Change, Image
+from ukai.ranges import show
+
+PENDING_S = 1.0
+"""How much longer than replica_timeout a reserved role is left to the node that reserved it."""
+
+
+async def grant(core: Core, fields: Header) -> Header:
+    """Phase one: the epoch is reserved when no other node can write any more.
+
+    Raises NotFound, Refused, Busy, StaleHandle, Unreachable.
+    """
+    session = core.session(fields)
+    core.check_current()
+    node = session.node
+    uuid = messages.text(fields, "image", 64)
+    opened_epoch = messages.integer(fields, "opened_epoch", low=-1)
+    purpose = messages.text(fields, "purpose", 16)
+    io = purpose == "io"
+    if purpose not in ("io", "sync"):
+        raise Refused(f"a purpose of {purpose!r} does not exist")
+    async with core.lock(uuid):
+        await _wait_for_pending(core, uuid, node)
+        core.session(fields)
+        _check_eligible(core.image(uuid), node, io, opened_epoch)
+        image = core.image(uuid)
+        if image.writer not in ("", node):
+            if not io:
+                raise Busy(f"image {image.name} is being written by {image.writer}")
+            await displace(core, uuid, node)
+            core.session(fields)
+            _check_eligible(core.image(uuid), node, io, opened_epoch)
+        elif io and image.former not in ("", node):
+            _lose_former(core, image, node)
+        image = core.image(uuid)
+        if image.writer not in ("", node):
+            raise Busy(f"image {image.name} is being written by {image.writer}")
+        epoch = image.epoch + 1
+        change: Change = {"t": "image", "uuid": uuid, "epoch": epoch, "writer": ""}
+        core.commit([change], f"grant to {node}")
+        settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        core.pending[uuid] = Pending(epoch, node, session.inc, core.ports.now(), settled)
+        image = core.image(uuid)
+        holders = sorted(n for n, where in image.locations.items() if any(r.status == IN_SYNC for _, _, r in where))
+        return {"epoch": epoch, "holders": holders}
+
+
+def undecided(core: Core, pending: Pending) -> bool:
+    """Whether the node that has reserved a role may still come to take it."""
+    fresh = core.ports.now() < pending.at + core.config.replica_timeout + PENDING_S
+    return fresh and not pending.settled.done() and core.up(pending.node)
+
+
+async def _wait_for_pending(core: Core, uuid: str, node: str) -> None:
+    """Let another node that has reserved the role come to its end, so that two don't take it from each other."""
+    while (pending := core.pending.get(uuid)) is not None and pending.node != node and undecided(core, pending):
+        await settle(pending.settled, pending.at + core.config.replica_timeout + PENDING_S - core.ports.now())
+
+
+def _check_eligible(image: Image, node: str, io: bool, opened_epoch: int) -> None:
+    if not image.online:
+        raise NotFound(f"image {image.name} is offline; bring it back with: ukai-ctl add_image {image.name}")
+    if node not in image.hypervisors and (io or not _has_in_sync(image, node)):
+        raise Refused(
+            f"node {node} is no hypervisor of image {image.name}; add it with: "
+            f"ukai-ctl hypervisor add {image.name} {node}"
+        )
+    if 0 <= opened_epoch < image.lost.get(node, -1):
+        raise StaleHandle(
+            f"image {image.name} was written on another hypervisor since it was opened on {node}; open it anew"
+        )
+
+
+def _has_in_sync(image: Image, node: str) -> bool:
+    return any(r.status == IN_SYNC for _, _, r in image.locations.get(node, ()))
+
+
+def _lose_former(core: Core, image: Image, node: str) -> None:
+    """The last writer's process ended without a release; its handles may live on and must not write again (R2)."""
+    session = core.sessions.get(image.former)
+    lost = dict(image.lost)
+    if session is None or not core.up(image.former) or session.opens.get(image.uuid, 0) > 0:
+        lost[image.former] = image.epoch + 1
+    change: Change = {"t": "image", "uuid": image.uuid, "lost": lost, "former": ""}
+    core.commit([change], f"grant to {node}, after {image.former}")
+
+
+async def displace(core: Core, uuid: str, node: str) -> None:
+    """Make the present writer stop: it is asked to drain and release, or waited out (R2, R3).
+
+    On return the image has no writer.  Its active blocks are gone after a clean release, else they stay.
+    Raises Unreachable only if the writer's lease can't end.
+    """
+    image = core.image(uuid)
+    writer, epoch = image.writer, image.epoch
+    reply = await _ask_to_release(core, uuid, writer, epoch)
+    if reply is None:
+        core.revoked.add(uuid)
+        try:
+            end = core.lease_end(writer)
+            if (left := end - core.ports.now()) > 0:
+                await asyncio.sleep(left)  # the passing of a lease is the condition itself
+        finally:
+            core.revoked.discard(uuid)
+    image = core.image(uuid)
+    handles = reply.get("handles", 1) if reply is not None else 1
+    clean = reply is not None and reply.get("clean") is True
+    lost = dict(image.lost)
+    if handles:
+        lost[writer] = image.epoch + 1
+    if image.former not in ("", node, writer):
+        lost[image.former] = image.epoch + 1
+    changes: list[Change] = [{"t": "image", "uuid": uuid, "writer": "", "lost": lost, "former": ""}]
+    changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
+    if clean and image.writer == writer and image.epoch == epoch and len(image.active):
+        changes.append({"t": "active", "uuid": uuid, "del": [list(r) for r in image.active]})
+    core.commit(changes, f"role taken from {writer} for {node}" + ("" if reply is not None else ", which is silent"))
+
+
+async def _ask_to_release(core: Core, uuid: str, writer: str, epoch: int) -> Header | None:
+    """The writer's answer; None when it gave none and has to be waited out."""
+    request = asyncio.ensure_future(
+        core.call(writer, "release", {"image": uuid, "epoch": epoch}, core.config.io_timeout / 2)
+    )
+    try:
+        while not request.done():
+            left = core.lease_end(writer) - core.ports.now()
+            if left <= 0:
+                return None  # no beat for a whole lease: it has stopped by itself
+            await asyncio.wait({request}, timeout=left)
+        return request.result()
+    except (NotCoordinator, StaleEpoch):
+        return {"handles": 1, "clean": False}  # it lives and does not hold the role
+    except UkaiError:
+        return None
+    finally:
+        request.cancel()
+
+
+def grant_commit(core: Core, fields: Header) -> Header:
+    """Phase two: the replicas that could be reached have the new epoch.
+
+    Raises StaleEpoch when the role was reserved anew meanwhile, Unreachable when a written block has no in-sync
+    replica among them: the message names the nodes that are needed (R3).
+    """
+    session = core.session(fields)
+    core.check_current()
+    node = session.node
+    image = core.image(messages.text(fields, "image", 64))
+    epoch = messages.integer(fields, "epoch")
+    fenced = set(messages.texts(fields, "fenced"))
+    if epoch != image.epoch:
+        raise StaleEpoch(f"epoch {epoch} of image {image.name} is over; {image.epoch} has begun", epoch=image.epoch)
+    if image.writer == node:
+        return {}  # asked twice
+    pending = core.pending.get(image.uuid)
+    if image.writer or (pending is not None and (pending.node != node or pending.settled.done())):
+        raise StaleEpoch(f"epoch {epoch} of image {image.name} was not reserved for {node}")
+    if missing := replicas.missing_sources(image, fenced):
+        needed = sorted({n for _, _, nodes in missing for n in nodes})
+        blocks = show((a, b) for a, b, _ in missing[:5]) + (" and more" if len(missing) > 5 else "")
+        raise Unreachable(
+            f"image {image.name} needs node {' or '.join(needed) or 'none'}: the only in-sync copies of blocks "
+            f"{blocks} are there, and it can't be reached"
+        )
+    changes: list[Change] = [{"t": "image", "uuid": image.uuid, "writer": node}]
+    changes += replicas.changes(image, replicas.reconciled(image, node, fenced))
+    changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
+    core.commit(changes, f"{node} is the writer of {image.name}")
+    _settle(core, image.uuid)
+    return {}
+
+
+def _settle(core: Core, uuid: str) -> None:
+    pending = core.pending.get(uuid)
+    if pending is not None and not pending.settled.done():
+        pending.settled.set_result(None)
+
+
+def owned(core: Core, fields: Header) -> tuple[str, Image]:
+    """The node and the image of a coordinator's request.  Raises StaleEpoch, NotCoordinator (R1)."""
+    session = core.session(fields)
+    core.check_current()
+    image = core.image(messages.text(fields, "image", 64))
+    epoch = messages.integer(fields, "epoch")
+    if epoch != image.epoch:
+        raise StaleEpoch(f"epoch {epoch} of image {image.name} is over; {image.epoch} has begun", epoch=image.epoch)
+    if image.writer != session.node:
+        raise NotCoordinator(f"node {session.node} does not hold the writer role of image {image.name}")
+    return session.node, image
+
+
+def release(core: Core, fields: Header) -> Header:
+    """The coordinator has flushed everything and gives the role back."""
+    node, image = owned(core, fields)
+    changes: list[Change] = [{"t": "image", "uuid": image.uuid, "writer": "", "former": ""}]
+    if len(image.active):
+        changes.append({"t": "active", "uuid": image.uuid, "del": [list(r) for r in image.active]})
+    changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
+    core.commit(changes, f"{node} releases {image.name}")
+    _settle(core, image.uuid)
+    return {}
