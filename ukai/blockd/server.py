@@ -26,7 +26,8 @@ from ukai.config import Config
 from ukai.daemon import supervise
 from ukai.errors import RemoteProtocolError, UkaiError, VersionError
 from ukai.messages import Header
-from ukai.mirror import MetadLink, Mirror
+from ukai.metalink import MetadLink
+from ukai.mirror import Mirror
 from ukai.model import STATUS_NAMES
 from ukai.telemetry import Telemetry
 from ukai.wire import Frames, Port, bound, connected

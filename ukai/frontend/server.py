@@ -19,7 +19,7 @@ from ukai.errors import RemoteProtocolError, UkaiError
 from ukai.frontend import binding, core, mount
 from ukai.frontend.client import Client
 from ukai.frontend.files import Files
-from ukai.mirror import MetadLink
+from ukai.metalink import MetadLink
 from ukai.model import Change
 from ukai.telemetry import Telemetry
 
