@@ -141,10 +141,12 @@ class Coordinator:
 
     async def _send_marks(self, marks: list[list[object]]) -> Header:
         reply = await self.ask_metad("mark", {"marks": marks})
+        kept = [k[:3] for k in reply.get("kept", [])]
         for node, first, last, reason in marks:
-            log.warning(
-                "image %s: blocks %s-%s at node %s are out-of-sync: %s", self._name(), first, last, node, reason
-            )
+            if [node, first, last] in kept:
+                log.error("image %s: last copy, blocks %s-%s at node %s: %s", self._name(), first, last, node, reason)
+            else:
+                log.warning("image %s: blocks %s-%s at %s out-of-sync: %s", self._name(), first, last, node, reason)
         return reply
 
     def _suspect(self, block: int) -> None:

@@ -255,10 +255,6 @@ class Core:
         if self._beats % SAVE_BEATS == 0 and self.store.highest_seq < self.mirror.seq:
             self._save_store()
 
-    async def push_progress(self) -> None:
-        """Tell metad now how far resyncs are."""
-        await self._beat()
-
     async def keep_house(self) -> None:
         """Background work of the coordinators and of the handles; for as long as the process runs."""
         while True:
@@ -346,6 +342,9 @@ class Core:
 
     async def _call_prepare(self, header: Header) -> Header:
         mode = text(header, "mode", 10)
+        if mode == "forget":
+            self.store.forget(text(header, "uuid", 36))
+            return {}
         image = self.store.prepare(
             text(header, "uuid", 36),
             text(header, "name", 100),
@@ -367,8 +366,14 @@ class Core:
 
     async def _call_drop(self, header: Header) -> Header:
         uuid, name = text(header, "uuid", 36), text(header, "name", 100)
+        await self.catch_up()  # so that nothing here still writes there
+        image = self.mirror.cluster.images.get(uuid)
+        where = image.locations.get(self.node) if image is not None else None
+        wanted = ranges(header, "ranges") if "ranges" in header else [(0, 2**62)]
+        if where is not None and any(where.within(first, last) for first, last in wanted):
+            raise Refused(f"node {self.node} is still a location of these blocks of image {name}")
         if "ranges" in header:
-            self.store.image(uuid).drop(ranges(header, "ranges"))
+            self.store.image(uuid).drop(wanted)
         else:
             self.store.drop(uuid, name)
         return {}

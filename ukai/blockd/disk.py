@@ -87,6 +87,9 @@ class Disk:
     def mkdir(self, path: str) -> None:
         os.mkdir(path, 0o750)
 
+    def make_directories(self, path: str) -> None:
+        os.makedirs(path, mode=0o750, exist_ok=True)
+
     def rmdir(self, path: str) -> None:
         os.rmdir(path)
 

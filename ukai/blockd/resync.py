@@ -138,9 +138,8 @@ class Resync:
         level = logging.INFO if state == "done" else logging.WARNING
         log.log(level, "resync of image %s: %s%s", self._c.image.name, state, f": {reason}" if reason else "")
         try:
-            await self._c.core.push_progress()
-            fields = {"image": self._c.uuid, "number": self.number, "state": state, "reason": reason}
-            await self._c.core.metad("job.end", fields)
+            fields = {"number": self.number, "state": state, "reason": reason, "progress": self.progress()}
+            await self._c.ask_metad("job.end", fields)
         except UkaiError as e:
             log.info("resync of image %s: its end can't be told yet: %s", self._c.uuid, e.message)
 

@@ -470,7 +470,7 @@ class Store:
         """
         private = f"{self.root}/.ukai"
         try:
-            os.makedirs(private, mode=0o750, exist_ok=True)
+            self.disk.make_directories(private)
             self._lock_fd = self.disk.open(f"{private}/lock", create=True)
             if not self.disk.lock(self._lock_fd):
                 raise Busy(f"another blockd uses {self.root}; stop it first")
@@ -559,6 +559,13 @@ class Store:
         if image is None:
             raise NotFound(f"no data of image {name} ({uuid}) under {self.root}")
         image.drop([(0, image.block_count - 1)])
+        self.forget(uuid)
+
+    def forget(self, uuid: str) -> None:
+        """Take back ``prepare``: our own files go, block files stay, and their directory with them."""
+        image = self.images.get(uuid)
+        if image is None:
+            return
         self.release(uuid)
         try:
             for mine in (GENERATIONS, TEMPORARY, META):

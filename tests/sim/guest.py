@@ -1,0 +1,183 @@
+"""The guest and the register checker.
+
+Each 512-byte sector is a register.  A written value is unique, so a read tells which write it saw.  For each
+sector ``possible`` holds what may be read now: the value of the last acknowledged write, and values of writes
+whose outcome is open.  A read that sees one of them settles it: what came must not go again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from ukai.errors import UkaiError
+
+if TYPE_CHECKING:
+    from tests.sim.world import Frontend, World
+
+SECTOR = 512
+DEADLINE_SLACK_S = 1.5
+
+
+def content(value: int) -> bytes:
+    return value.to_bytes(8, "big") * (SECTOR // 8)
+
+
+class Register:
+    """One sector."""
+
+    __slots__ = ("busy", "pending", "possible", "readers", "unflushed")
+
+    def __init__(self) -> None:
+        self.possible: set[int] = {0}
+        self.pending: set[int] = set()
+        """Values being written now."""
+        self.unflushed: set[int] = set()
+        """Values that were possible since the last flush: power cuts may bring them back."""
+        self.readers: list[set[int]] = []
+        self.busy = False
+
+    def _seen(self) -> None:
+        for reader in self.readers:
+            reader |= self.possible
+
+    def write_begins(self, value: int) -> None:
+        self.unflushed |= self.possible
+        self.possible = self.possible | {value}
+        self.pending.add(value)
+        self._seen()
+
+    def write_ends(self, value: int, acknowledged: bool) -> None:
+        self.pending.discard(value)
+        if acknowledged:
+            self.possible = {value} | self.pending
+        self._seen()
+
+    def read_begins(self) -> set[int]:
+        reader = set(self.possible)
+        self.readers.append(reader)
+        return reader
+
+    def read_ends(self, reader: set[int], value: int | None) -> bool:
+        """Whether the value may have been read; None: the read failed."""
+        self.readers = [r for r in self.readers if r is not reader]
+        if value is None:
+            return True
+        if value not in reader:
+            return False
+        if value in self.possible and not self.pending:
+            self.possible = {value}
+        return True
+
+    def may_be_lost(self) -> None:
+        """Power cuts took every copy's unflushed writes."""
+        self.possible |= self.unflushed
+        self._seen()
+
+
+class Guest:
+    """One virtual machine with a disk on one hypervisor."""
+
+    def __init__(self, world: World, frontend: Frontend, registers: list[Register]) -> None:
+        self.world, self.frontend, self.registers = world, frontend, registers
+        self.running = True
+        self.size = len(registers)
+
+    async def thread(self) -> None:
+        """Random requests, one at a time, on sectors that no other thread of a guest is using."""
+        chance = self.world.chance
+        while self.running:
+            await asyncio.sleep(chance.expovariate(1 / 0.01))
+            if not self.running:
+                return
+            kind = chance.random()
+            if kind < 0.08:
+                await self.flush()
+                continue
+            first = chance.randrange(self.size)
+            count = min(chance.choice((1, 1, 1, 2, 4, 8, 20)), self.size - first)
+            span = self.registers[first : first + count]
+            if any(r.busy for r in span):
+                continue
+            for register in span:
+                register.busy = True
+            try:
+                if kind < 0.5:
+                    await self.write(first, count, discard=kind > 0.46)
+                else:
+                    await self.read(first, count)
+            finally:
+                for register in span:
+                    register.busy = False
+
+    async def write(self, first: int, count: int, discard: bool = False) -> bool:
+        world = self.world
+        span = self.registers[first : first + count]
+        values = [0 if discard else next(world.numbers) for _ in span]
+        for register, value in zip(span, values, strict=True):
+            register.write_begins(value)
+        began = asyncio.get_running_loop().time()
+        header = {"o": first * SECTOR, "s": world.chance.random() < 0.05}
+        try:
+            if discard:
+                await self.frontend.request({**header, "op": "z", "l": count * SECTOR}, None, True)
+            else:
+                await self.frontend.request({**header, "op": "w"}, b"".join(map(content, values)), True)
+            acknowledged = True
+        except UkaiError as e:
+            world.note(f"write {first}+{count} failed: {e.message}")
+            acknowledged = False
+        if not self.running and not acknowledged:
+            return False
+        for register, value in zip(span, values, strict=True):
+            register.write_ends(value, acknowledged)
+        world.count("acknowledged" if acknowledged else "failed")
+        self._in_time(began, f"write {first}+{count}")
+        return acknowledged
+
+    def _in_time(self, began: float, what: str) -> None:
+        from tests.sim.world import CONFIG
+
+        took = asyncio.get_running_loop().time() - began
+        if took > CONFIG.io_timeout + DEADLINE_SLACK_S:
+            self.world.violation(f"{what} took {took:.3f} s")
+
+    async def read(self, first: int, count: int) -> bool:
+        world = self.world
+        span = self.registers[first : first + count]
+        readers = [r.read_begins() for r in span]
+        began = asyncio.get_running_loop().time()
+        try:
+            data = await self.frontend.request({"op": "r", "o": first * SECTOR, "l": count * SECTOR}, None, False)
+        except UkaiError as e:
+            world.note(f"read {first}+{count} failed: {e.message}")
+            world.count("failed reads")
+            for register, reader in zip(span, readers, strict=True):
+                register.read_ends(reader, None)
+            return False
+        self._in_time(began, f"read {first}+{count}")
+        world.count("reads")
+        for index, (register, reader) in enumerate(zip(span, readers, strict=True)):
+            sector = data[index * SECTOR : (index + 1) * SECTOR]
+            value = int.from_bytes(sector[:8], "big")
+            if bytes(sector) != content(value):
+                world.violation(f"sector {first + index} is torn")
+            elif not register.read_ends(reader, value):
+                world.violation(
+                    f"sector {first + index} on {self.frontend.node} reads {value}, possible were {sorted(reader)}"
+                )
+        return True
+
+    async def flush(self) -> bool:
+        covered = [(r, set(r.possible)) for r in self.registers]
+        try:
+            await self.frontend.request({"op": "f"}, None, True)
+        except UkaiError as e:
+            self.world.note(f"flush failed: {e.message}")
+            self.world.count("failed flushes")
+            return False
+        self.world.count("flushes")
+        for register, values in covered:
+            register.unflushed = (register.unflushed | register.possible) - (set() if register.pending else set())
+            register.unflushed = set(register.possible) | values
+        return True

@@ -1,0 +1,401 @@
+"""One run: a cluster, a guest that moves, faults by chance, then healing; all from one seed."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.sim.disk import SimDisk
+from tests.sim.guest import SECTOR, Guest, Register
+from tests.sim.loop import CURRENT, VirtualLoop
+from tests.sim.world import CONFIG, METAD, NODES, Frontend, World
+from ukai.errors import UkaiError
+from ukai.model import IN_SYNC, written
+
+BLOCK_BYTES = 8192
+BLOCKS = 5
+HEAL_LIMIT_S = 60.0
+
+
+@dataclass
+class Result:
+    """What a run gave."""
+
+    seed: int
+    parameters: dict[str, Any]
+    violations: list[str]
+    trace: list[str]
+    counts: dict[str, int]
+    faults: dict[str, int] = field(default_factory=dict)
+
+
+class Scenario:
+    """See the module."""
+
+    def __init__(self, seed: int, seconds: float = 12.0) -> None:
+        self.world = World(seed)
+        chance = self.world.chance
+        self.parameters: dict[str, Any] = {
+            "seconds": seconds,
+            "threads": chance.choice((1, 2, 4)),
+            "locations": chance.choice((1, 2, 2, 2, 3)),
+            "faults": sorted(chance.sample(FAULTS, chance.randint(1, 5))),
+            "fault_every_s": chance.choice((0.5, 1.0, 3.0)),
+            "lossy_publish": chance.choice((0.0, 0.3, 1.0)),
+            "repeat": chance.choice((0.0, 0.02)),
+            "slow_ms": chance.choice((0.2, 1.0, 5.0)),
+            "local": chance.random() < 0.8,
+        }
+        self.faults: dict[str, int] = {}
+        self.registers = [Register() for _ in range(BLOCKS * BLOCK_BYTES // SECTOR)]
+        self.guest: Guest | None = None
+        self.old_guests: list[Guest] = []
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.powerless: set[str] = set()
+
+    # --- the run
+
+    async def run(self) -> None:
+        world, p = self.world, self.parameters
+        world.net.slow = p["slow_ms"] / 1000
+        world.start_metad()
+        for node in NODES:
+            world.start_blockd(node)
+        await self._until("all nodes are registered", lambda: all(b.core.registered for b in world.blockds.values()), 10)
+        places = list(NODES[: p["locations"]]) if p["local"] else list(NODES[-p["locations"] :])
+        size = BLOCKS * BLOCK_BYTES
+        await world.ctl("image.create", name="disk", size=size, block_size=BLOCK_BYTES, locations=places, hypervisors=list(NODES))
+        world.net.repeat, world.lossy_publish = p["repeat"], p["lossy_publish"]
+        self._boot_guest(NODES[0])
+        watcher = self._task(self._watch())
+        end = world_time() + p["seconds"]
+        while world_time() < end:
+            await asyncio.sleep(world.chance.expovariate(1 / p["fault_every_s"]))
+            await self._fault(world.chance.choice(p["faults"]))
+        await self._heal()
+        watcher.cancel()
+        for task in self.tasks:
+            task.cancel()
+
+    def _task(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.append(task)
+        return task
+
+    async def _until(self, what: str, condition: Any, limit_s: float) -> bool:
+        end = world_time() + limit_s
+        while not condition():
+            if world_time() >= end:
+                self.world.violation(f"{what}: not within {limit_s:g} s")
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    # --- guests
+
+    def _boot_guest(self, node: str) -> None:
+        frontend = Frontend(self.world, node)
+        self.world.note(f"a guest starts on {node}")
+        self._task(frontend.keep())
+        self.guest = Guest(self.world, frontend, self.registers)
+        for _ in range(self.parameters["threads"]):
+            self._task(self.guest.thread())
+
+    async def _end_guest(self, flush: bool) -> None:
+        """The guest stops; it has no request under way when this returns."""
+        guest = self.guest
+        if guest is None:
+            return
+        self.guest = None
+        guest.running = False
+        for _ in range(2000):
+            if not any(r.busy for r in self.registers):
+                break
+            await asyncio.sleep(0.01)
+        else:
+            self.world.violation("a guest's request is never answered")
+        if flush:
+            await guest.flush()
+        await guest.frontend.close()
+
+    # --- faults
+
+    async def _fault(self, kind: str) -> None:
+        world = self.world
+        self.faults[kind] = self.faults.get(kind, 0) + 1
+        chance = world.chance
+        node = chance.choice(NODES)
+        loop = asyncio.get_running_loop()
+        if kind == "kill blockd":
+            world.kill_blockd(node)
+            loop.call_later(chance.uniform(0.05, 2), self._start_blockd, node)
+        elif kind == "kill metad":
+            world.kill_metad()
+            loop.call_later(chance.uniform(0.05, 2), self._start_metad)
+        elif kind == "cut":
+            a, b = chance.sample([METAD, *NODES], 2)
+            ways = {(a, b)} if chance.random() < 0.4 else {(a, b), (b, a)}
+            world.note(f"cut {sorted(ways)}")
+            world.net.cuts |= ways
+            loop.call_later(chance.uniform(0.05, 3), self._join, ways)
+        elif kind == "freeze":
+            if world.blockds[node].alive and not world.blockds[node].process.frozen:
+                world.freeze(node)
+                loop.call_later(chance.uniform(0.1, 4), world.thaw, node)
+        elif kind == "power":
+            await self._power_cut(node)
+        elif kind == "disk":
+            what = chance.choice(("pwrite", "fdatasync", "pread"))
+            world.note(f"{what} fails on {node}")
+            world.disks[node].fail[what] = chance.randint(1, 2)
+        elif kind == "full":
+            world.note(f"disk full on {node}")
+            world.disks[node].full = True
+            loop.call_later(chance.uniform(0.2, 2), self._space, node)
+        elif kind == "database":
+            world.database.fail = chance.randint(1, 2)
+        elif kind == "sync":
+            await self._order("sync.start", name="disk")
+        elif kind == "stop sync":
+            await self._order("sync.stop", name="disk")
+        elif kind == "migrate":
+            await self._end_guest(flush=True)
+            self._boot_guest(node)
+        elif kind == "zombie":
+            await self._zombie(node)
+        elif kind == "location":
+            if chance.random() < 0.5:
+                await self._order("location.add", name="disk", node=node)
+                await self._order("sync.start", name="disk")
+            else:
+                await self._order("location.remove", name="disk", node=node)
+
+    def _start_blockd(self, node: str) -> None:
+        if not self.world.blockds[node].alive:
+            self.world.start_blockd(node)
+
+    def _start_metad(self) -> None:
+        if self.world.metad is not None and not self.world.metad.alive:
+            self.world.start_metad()
+
+    def _join(self, ways: set[tuple[str, str]]) -> None:
+        self.world.note(f"join {sorted(ways)}")
+        self.world.net.cuts -= ways
+
+    def _space(self, node: str) -> None:
+        self.world.disks[node].full = False
+
+    async def _order(self, op: str, **fields: Any) -> None:
+        try:
+            await self.world.ctl(op, **fields)
+            self.world.note(f"{op} {fields}")
+        except UkaiError as e:
+            self.world.note(f"{op} refused: {e.message}")
+
+    async def _power_cut(self, node: str) -> None:
+        """A machine loses power: its guest, its blockd and what its disk had not stored."""
+        if not self.world.blockds[node].alive:
+            return
+        if self.guest is not None and self.guest.frontend.node == node:
+            guest, self.guest = self.guest, None
+            guest.running = False
+            guest.frontend.closed = True
+            self.world.kill_blockd(node, power=True)
+            self._lost_with(node)
+            for _ in range(2000):
+                if not any(r.busy for r in self.registers):
+                    break
+                await asyncio.sleep(0.01)
+        else:
+            self.world.kill_blockd(node, power=True)
+            self._lost_with(node)
+        await asyncio.sleep(self.world.chance.uniform(0.05, 2))
+        self._start_blockd(node)
+        if self.guest is None:
+            self._boot_guest(self.world.chance.choice(NODES))
+
+    def _lost_with(self, node: str) -> None:
+        """What only lay in page caches of machines that lost power may be gone: no storage can keep that."""
+        self.powerless.add(node)
+        image = next(iter(self.world.database.load().images.values()), None)
+        if image is None:
+            return
+        for block in range(BLOCKS):
+            good = {n for n, r in image.replicas(block).items() if r.status == IN_SYNC}
+            if good <= self.powerless:
+                at = block * BLOCK_BYTES // SECTOR
+                for register in self.registers[at : at + BLOCK_BYTES // SECTOR]:
+                    register.may_be_lost()
+
+    async def _zombie(self, node: str) -> None:
+        """The administrator starts the machine elsewhere while the old one may still run."""
+        old = self.guest
+        if old is None or old.frontend.node == node:
+            return
+        self.guest = None
+        self.old_guests.append(old)
+        old.running = False
+        for _ in range(2000):
+            if not any(r.busy for r in self.registers):
+                break
+            await asyncio.sleep(0.01)
+        self._boot_guest(node)
+        new = self.guest
+        end = world_time() + 8
+        while world_time() < end and self.world.counts.get("acknowledged", 0) >= 0:
+            if new is not None and await self._took_over(new):
+                break
+            await asyncio.sleep(0.1)
+        else:
+            return
+        # the old machine wakes up: none of its writes may count any more
+        for _ in range(3):
+            sector = self.world.chance.randrange(len(self.registers))
+            register = self.registers[sector]
+            if register.busy:
+                continue
+            register.busy = True
+            try:
+                if await old.write(sector, 1):
+                    self.world.violation(f"a machine that was replaced wrote sector {sector}")
+                await old.read(sector, 1)
+            finally:
+                register.busy = False
+        await old.frontend.close()
+
+    async def _took_over(self, guest: Guest) -> bool:
+        image = next(iter(self.world.database.load().images.values()))
+        return image.writer == guest.frontend.node
+
+    # --- oracles
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            self.check_replicas()
+
+    def check_replicas(self) -> None:
+        """In-sync replicas differ only in active blocks; the last copy is never lost."""
+        world = self.world
+        for image in world.database.load().images.values():
+            for block in range(image.block_count):
+                replicas = image.replicas(block)
+                good = [n for n, r in replicas.items() if r.status == IN_SYNC]
+                if replicas and not good:
+                    world.violation(f"block {block} has no in-sync replica")
+                if block in image.active or not written(replicas):
+                    continue
+                found = {n: _block(world.disks[n], image.name, block) for n in good}
+                if len(set(found.values())) > 1:
+                    world.violation(f"block {block} is not active and differs between {good}")
+
+    async def _heal(self) -> None:
+        world = self.world
+        world.note("heal")
+        world.net.cuts.clear()
+        world.lossy_publish = world.net.repeat = 0.0
+        world.database.fail = 0
+        for node in NODES:
+            world.disks[node].full = False
+            world.disks[node].fail.clear()
+            world.thaw(node)
+            if "disk" in self.faults:  # a last copy whose flush failed stays failed until blockd is started anew
+                world.kill_blockd(node)
+            self._start_blockd(node)
+        self._start_metad()
+        await self._until("all nodes are registered again", lambda: all(b.core.registered for b in world.blockds.values()), 20)
+        if self.guest is None:
+            self._boot_guest(NODES[0])
+        await asyncio.sleep(CONFIG.io_timeout)
+        before = world.counts.get("acknowledged", 0)
+        await self._until("writes go on", lambda: world.counts.get("acknowledged", 0) > before + 3, 3 * CONFIG.io_timeout)
+        end = world_time() + HEAL_LIMIT_S
+        while not self._all_in_sync():
+            if world_time() > end:
+                world.violation(f"not all in-sync after healing: {self._statuses()}")
+                break
+            await self._order("sync.start", name="disk")
+            await asyncio.sleep(0.5)
+        guest = self.guest
+        assert guest is not None
+        guest.running = False
+        for _ in range(2000):
+            if not any(r.busy for r in self.registers):
+                break
+            await asyncio.sleep(0.01)
+        for sector in range(len(self.registers)):
+            if not await guest.read(sector, 1):
+                world.violation(f"sector {sector} can't be read after healing")
+        await guest.flush()
+        await guest.frontend.close()
+        await asyncio.sleep(CONFIG.role_linger + 3)
+        self.check_replicas()
+        image = next(iter(world.database.load().images.values()))
+        if image.writer or len(image.active):
+            world.violation(f"after the last close: writer {image.writer!r}, active {list(image.active)}")
+
+    def _statuses(self) -> dict[str, list[Any]]:
+        image = next(iter(self.world.database.load().images.values()))
+        return {n: list(where) for n, where in image.locations.items()}
+
+    def _all_in_sync(self) -> bool:
+        image = next(iter(self.world.database.load().images.values()))
+        return all(r.status == IN_SYNC for where in image.locations.values() for _, _, r in where)
+
+
+FAULTS = (
+    "kill blockd", "kill metad", "cut", "freeze", "power", "disk", "full", "database", "sync", "stop sync", "migrate",
+    "zombie", "location",
+)  # fmt: skip
+
+
+def world_time() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _block(disk: SimDisk, image: str, block: int) -> bytes:
+    inode = disk.names_now.get(f"/data/{image}/{block:016d}")
+    return b"" if inode is None else bytes(inode.cache)
+
+
+def run(seed: int, seconds: float = 12.0) -> Result:
+    """One run from one seed."""
+    loop = VirtualLoop()
+    asyncio.set_event_loop(loop)
+    scenario: Scenario | None = None
+    try:
+        CURRENT.set(None)
+
+        async def main() -> Scenario:
+            nonlocal scenario
+            scenario = Scenario(seed, seconds)
+            await scenario.run()
+            return scenario
+
+        loop.run_until_complete(main())
+    finally:
+        world = scenario.world if scenario is not None else None
+        if world is not None:
+            _bury(world)
+        asyncio.set_event_loop(None)
+        loop.close()
+    assert scenario is not None
+    w = scenario.world
+    return Result(seed, scenario.parameters, w.violations, w.trace, w.counts, scenario.faults)
+
+
+def _bury(world: World) -> None:
+    """Close what never ended, quietly: these processes are dead."""
+    processes = [*world.dead, *(b.process for b in world.blockds.values())]
+    if world.metad is not None:
+        processes.append(world.metad.process)
+    for process in processes:
+        process.alive = False
+        for task in process.tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            if not task.done():
+                try:
+                    task.get_coro().close()
+                except BaseException:  # its finally blocks find a dead world
+                    continue

@@ -1,0 +1,598 @@
+"""A cluster in one virtual loop: the decision code of frontend, blockd and metad, unchanged, on simulated
+clocks, connections and disks.  Everything that happens follows from one seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from tests.sim.disk import SimDisk
+from tests.sim.loop import CURRENT, Process, kill, thaw, within
+from ukai import messages
+from ukai.blockd.core import Core as BlockCore
+from ukai.blockd.core import Ports as BlockPorts
+from ukai.blockd.store import Store
+from ukai.config import Config
+from ukai.errors import NotFound, NotReady, StaleHandle, Timeout, UkaiError, Unreachable
+from ukai.frontend.core import Verdict, after_error, pause_s
+from ukai.messages import Header
+from ukai.metad import ops
+from ukai.metad.core import Core as MetaCore
+from ukai.mirror import Mirror
+from ukai.model import Cluster
+from ukai.telemetry import Metrics
+
+METAD = "metad"
+NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+
+CONFIG = Config(
+    metad_address=NODES[0],
+    replica_timeout=0.5,
+    io_timeout=6.0,
+    lease=1.0,
+    beat_interval=0.2,
+    role_linger=1.0,
+    active_limit=3,
+    active_idle=0.6,
+    active_age=2.0,
+    sync_chunk=4096,
+    sync_rate=0,
+)
+
+
+class Connection:
+    """One TCP connection: ordered both ways; a cut loses what is under way, and the next connection starts empty."""
+
+    def __init__(self, net: Network, client: Process, client_host: str, server: str) -> None:
+        self.net, self.client, self.client_host, self.server = net, client, client_host, server
+        self.open = True
+        self.from_client = self.from_server = 0.0
+        self.number = 0
+
+
+class Network:
+    """Messages between processes, by name of the host."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.cuts: set[tuple[str, str]] = set()
+        """(from, to): nothing goes that way."""
+        self.slow = 0.0005
+        self.repeat = 0.0
+        """Chance that a data message of a peer is delivered twice, late."""
+
+    def blocked(self, a: str, b: str) -> bool:
+        return (a, b) in self.cuts
+
+    def delay(self) -> float:
+        chance = self.world.chance
+        return chance.expovariate(1 / self.slow) if chance.random() < 0.98 else chance.uniform(0, 60 * self.slow)
+
+    def pass_on(
+        self, connection: Connection, to_server: bool, target: Process | None, deliver: Callable[..., None], frame: bytes, payload: bytes | None
+    ) -> None:
+        """One message, in order with the others of its connection and direction."""
+        a, b = connection.client_host, connection.server
+        if not to_server:
+            a, b = b, a
+        if self.blocked(a, b):
+            connection.open = False  # bytes are lost: TCP gives up sooner or later, here at once
+            return
+        loop = asyncio.get_running_loop()
+        at = loop.time() + self.delay()
+        if to_server:
+            at = connection.from_client = max(at, connection.from_client + 1e-7)
+        else:
+            at = connection.from_server = max(at, connection.from_server + 1e-7)
+        number = connection.number
+
+        def arrive(late: bool = False) -> None:
+            if target is None or not target.alive:
+                return
+            if not late and (not connection.open or connection.number != number or self.blocked(a, b)):
+                connection.open = False
+                return
+            within(target, loop.call_soon, deliver, frame, payload)
+
+        token = CURRENT.set(None)
+        try:
+            loop.call_at(at, arrive)
+            if to_server and self.repeat and self.world.chance.random() < self.repeat:
+                loop.call_at(at + self.world.chance.uniform(0.01, 3.0), arrive, True)
+        finally:
+            CURRENT.reset(token)
+
+
+class Transport:
+    """What blockd's ``connect`` gives: a connection to the blockd of another node."""
+
+    def __init__(
+        self, world: World, own: str, node: str, client: Process, received: Callable[[Header, Any], None]
+    ) -> None:
+        self.world, self.own, self.node, self.client, self.received = world, own, node, client, received
+        self.connection = Connection(world.net, client, own, node)
+        self.closed = False
+
+    def send(self, header: Header, payload: Any) -> bool:
+        if self.closed:
+            return False
+        net, server = self.world.net, self.world.blockds.get(self.node)
+        if net.blocked(self.own, self.node) or net.blocked(self.node, self.own) or server is None or not server.alive:
+            self.connection.open = False
+            return False
+        if not self.connection.open:  # ZeroMQ connects anew by itself, and tells nobody
+            self.connection.open = True
+            self.connection.number += 1
+        frame = messages.pack(header)
+        data = None if payload is None else bytes(payload)
+        net.pass_on(self.connection, True, server.process, self._serve, frame, data)
+        return True
+
+    def _serve(self, frame: bytes, payload: bytes | None) -> None:
+        """In the server's process."""
+        header = messages.unpack(frame)
+        server = self.world.blockds[self.node]
+        if server.process is not CURRENT.get():
+            return
+        number = header["id"]
+
+        def reply(fields: Header, data: Any) -> None:
+            packed = messages.pack({**fields, "re": number})
+            kept = None if data is None else bytes(data)
+            self.world.net.pass_on(self.connection, False, self.client, self._answered, packed, kept)
+
+        server.core.from_peer(header, payload, reply)
+
+    def _answered(self, frame: bytes, payload: bytes | None) -> None:
+        if not self.closed:
+            self.received(messages.unpack(frame), payload)
+
+    def close(self) -> None:
+        self.closed = True
+        self.connection.open = False
+
+
+class Blockd:
+    """One blockd process on a node; its disk outlives it."""
+
+    def __init__(self, world: World, node: str) -> None:
+        self.world, self.node = world, node
+        self.process = Process(f"blockd {node} #{next(world.numbers)}")
+        self.disk = world.disks[node]
+        within(self.process, self._start)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.alive
+
+    def _start(self) -> None:
+        world = self.world
+        self.store = Store("/data", "%016d", self.disk, 64)
+        self.store.open(f"store-{self.node}")
+        self.mirror = Mirror(self.store.highest_seq, self.store.cluster_id)
+        ports = BlockPorts(
+            metad=self._metad,
+            connect=lambda node, received: Transport(world, self.node, node, self.process, received),
+            run_disk=self._run_disk,
+            wall=lambda: 1e9 + asyncio.get_running_loop().time(),
+            new_id=lambda: f"inc{next(world.numbers)}",
+            new_token=lambda: next(world.numbers) << 20,
+            boot_id=world.boots[self.node],
+        )
+        self.core = BlockCore(CONFIG, self.node, self.store, self.mirror, ports, Metrics())
+        loop = asyncio.get_running_loop()
+        for work in (self.core.keep_registered(), self.core.keep_house()):
+            loop.create_task(work)
+
+    async def _run_disk(self, function: Callable[..., Any], *args: Any) -> Any:
+        await asyncio.sleep(self.world.chance.uniform(0.0001, 0.003))
+        return function(*args)
+
+    async def _metad(self, op: str, fields: Header, timeout_s: float) -> Header:
+        reply = await self.world.ask_metad(self.node, self.process, {**fields, "op": op, "since": self.mirror.seq}, timeout_s)
+        self.mirror.take_reply(reply)
+        return reply
+
+
+class Database:
+    """What is durable of the metadata: the list of committed changes."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, float, str, Any]] = []
+        self.fail = 0
+        """How many of the next commits fail."""
+
+    def load(self) -> Cluster:
+        cluster = Cluster(cluster_id="cluster")
+        for _, _, _, change in self.entries:
+            cluster.apply(change)
+        return cluster
+
+
+class Metad:
+    """One metad process: core, group commit, publishing."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.process = Process(f"metad #{next(world.numbers)}")
+        self.inc = f"meta{next(world.numbers)}"
+        self.waiting: list[tuple[int, float, str, Any]] = []
+        self._barriers: list[asyncio.Future[None]] = []
+        self._committing = False
+        within(self.process, self._start)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.alive
+
+    def _start(self) -> None:
+        self.core = MetaCore(self.world.database.load(), self, CONFIG, NODES[0], self.inc)
+        asyncio.get_running_loop().create_task(self._beat())
+
+    # the ports of the core
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def wall(self) -> float:
+        return 1e9 + self.now()
+
+    def new_uuid(self) -> str:
+        return f"00000000-0000-4000-8000-{next(self.world.numbers):012d}"
+
+    def changed(self, entries: list[tuple[int, float, str, Any]]) -> None:
+        self.waiting.extend(entries)
+
+    async def durable(self) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._barriers.append(future)
+        if not self._committing:
+            self._committing = True
+            asyncio.get_running_loop().create_task(self._commit())
+        await future
+
+    async def _commit(self) -> None:
+        while self._barriers:
+            await asyncio.sleep(0)
+            barriers, self._barriers = self._barriers, []
+            batch, self.waiting = self.waiting, []
+            await asyncio.sleep(self.world.chance.uniform(0.0001, 0.001) if batch else 0)
+            if batch and self.world.database.fail:
+                self.world.database.fail -= 1
+                self.drop_state()
+                for barrier in [*barriers, *self._barriers]:
+                    barrier.set_exception(NotReady("the metadata could not be written"))
+                    barrier.exception()
+                self._barriers = []
+                break
+            self.world.database.entries.extend(batch)
+            self.world.check_sequence(batch)
+            if batch:
+                self._publish({"op": "changes", "changes": [list(e) for e in batch]})
+            for barrier in barriers:
+                if not barrier.done():
+                    barrier.set_result(None)
+        self._committing = False
+
+    def drop_state(self) -> None:
+        self.waiting = []
+        self.core.replace(self.world.database.load())
+
+    async def read_hand_made(self, name: str) -> Any:
+        raise NotFound(f"no metadata of {name}")
+
+    def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.get_running_loop().create_task(work, name=name)
+
+    async def call(self, node: str, op: str, fields: Header, timeout_s: float) -> Header:
+        """A request to the blockd that is registered."""
+        world = self.world
+
+        async def serve(header: Header) -> Header:
+            return await world.blockds[node].core.called(header)
+
+        return await world.ask(METAD, node, self.process, lambda: world.blockds.get(node), serve, {**fields, "op": op}, timeout_s)
+
+    # publishing
+
+    def _publish(self, message: Header) -> None:
+        world = self.world
+        fields = {**message, "cluster_id": self.core.cluster.cluster_id, "inc": self.inc}
+        for node, server in world.blockds.items():
+            if world.net.blocked(METAD, node) or world.chance.random() < world.lossy_publish:
+                continue
+            frame = messages.pack(dict(fields))
+            token = CURRENT.set(None)
+            try:
+                asyncio.get_running_loop().call_later(world.net.delay(), self._deliver, server, frame)
+            finally:
+                CURRENT.reset(token)
+
+    def _deliver(self, server: Blockd, frame: bytes) -> None:
+        if server.alive:
+
+            def take() -> None:
+                if not server.mirror.take_published(messages.unpack(frame)):
+                    server.core.spawn(self._caught_up(server))
+
+            within(server.process, asyncio.get_running_loop().call_soon, take)
+
+    @staticmethod
+    async def _caught_up(server: Blockd) -> None:
+        try:
+            await server.core.catch_up()
+        except UkaiError:
+            pass  # the next beat of metad asks again
+
+    async def _beat(self) -> None:
+        from ukai.metad import jobs
+
+        while True:
+            await asyncio.sleep(CONFIG.beat_interval)
+            jobs.tick(self.core)
+            await self.durable()
+            self._publish({"op": "beat", "seq": self.core.cluster.seq})
+
+    async def answer(self, header: Header) -> Header:
+        """One request, as metad's server does it: the reply goes out after the commit."""
+        since = header.get("since")
+        try:
+            reply = ops.begin(self.core, header["op"], header)
+            if not isinstance(reply, dict):
+                reply = await reply
+        except UkaiError as e:
+            reply = messages.error_reply(e)
+        durable = self.durable()
+        await durable
+        out: Header = {**reply, "seq": self.core.cluster.seq, "inc": self.inc, "cluster_id": self.core.cluster.cluster_id}
+        if isinstance(since, int):
+            stored = self.world.database.entries
+            if 0 <= since <= len(stored) and self.world.chance.random() < 0.9:
+                out["changes"] = [list(e) for e in stored[since:]]
+                out["seq"] = len(stored)
+            else:
+                out["snapshot"] = self.world.database.load().snapshot()
+        return out
+
+
+class World:
+    """The cluster, its faults, and its guests."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.chance = random.Random(seed)
+        self.numbers = itertools.count(1)
+        self.net = Network(self)
+        self.lossy_publish = 0.0
+        self.database = Database()
+        self.disks = {n: SimDisk(random.Random(f"{seed} {n}")) for n in NODES}
+        self.boots = {n: f"boot {n} 0" for n in NODES}
+        self.blockds: dict[str, Blockd] = {}
+        self.metad: Metad | None = None
+        self.dead: list[Process] = []
+        self.trace: list[str] = []
+        self.violations: list[str] = []
+        self.counts: dict[str, int] = {}
+
+    def note(self, text: str) -> None:
+        self.trace.append(f"{asyncio.get_running_loop().time():.6f} {text}")
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def violation(self, text: str) -> None:
+        self.note(f"VIOLATION {text}")
+        self.violations.append(text)
+
+    # --- processes
+
+    def start_metad(self) -> None:
+        self.note("start metad")
+        self.metad = Metad(self)
+
+    def start_blockd(self, node: str) -> None:
+        self.note(f"start blockd {node}")
+        self.blockds[node] = Blockd(self, node)
+
+    def kill_metad(self) -> None:
+        if self.metad is not None and self.metad.alive:
+            self.note("kill metad")
+            kill(self.metad.process)
+            self.dead.append(self.metad.process)
+
+    def kill_blockd(self, node: str, power: bool = False) -> None:
+        server = self.blockds.get(node)
+        if server is not None and server.alive:
+            self.note(f"{'power off' if power else 'kill'} {node}")
+            kill(server.process)
+            self.dead.append(server.process)
+            if power:
+                self.disks[node].power_cut()
+                self.boots[node] = f"boot {node} {next(self.numbers)}"
+            else:
+                self.disks[node].process_died()
+
+    def freeze(self, node: str) -> None:
+        self.note(f"freeze {node}")
+        self.blockds[node].process.frozen = True
+
+    def thaw(self, node: str) -> None:
+        if self.blockds[node].process.frozen:
+            self.note(f"thaw {node}")
+            thaw(self.blockds[node].process)
+
+    # --- requests
+
+    async def ask(
+        self,
+        source: str,
+        target: str,
+        process: Process | None,
+        server: Callable[[], Blockd | Metad | None],
+        serve: Callable[[Header], Awaitable[Header]],
+        fields: Header,
+        timeout_s: float,
+    ) -> Header:
+        """One request and its reply over the network.  Raises Unreachable, Timeout, or what the reply carries."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        future: asyncio.Future[bytes] = loop.create_future()
+        connection = Connection(self.net, process or Process("outside"), source, target)
+        running = server()
+        while self.net.blocked(source, target) or self.net.blocked(target, source) or running is None or not running.alive:
+            if loop.time() >= deadline:
+                raise Unreachable(f"{target} can't be reached")
+            await asyncio.sleep(0.05)
+            running = server()
+        host = running
+
+        def arrived(frame: bytes, _payload: bytes | None) -> None:
+            async def work() -> None:
+                header = messages.unpack(frame)
+                try:
+                    reply = await serve(header)
+                except UkaiError as e:
+                    reply = messages.error_reply(e)
+                if host is server():
+                    self.net.pass_on(connection, False, process or OUTSIDE, answered, messages.pack(dict(reply)), None)
+
+            if host is server():
+                loop.create_task(work())
+
+        def answered(frame: bytes, _payload: bytes | None) -> None:
+            if not future.done():
+                future.set_result(frame)
+
+        self.net.pass_on(connection, True, host.process, arrived, messages.pack(dict(fields)), None)
+        try:
+            async with asyncio.timeout_at(deadline):
+                reply = messages.unpack(await future)
+        except TimeoutError:
+            raise Timeout(f"{target} did not answer {fields['op']}") from None
+        messages.raise_error(reply)
+        return reply
+
+    async def ask_metad(self, source: str, process: Process | None, fields: Header, timeout_s: float) -> Header:
+        async def serve(header: Header) -> Header:
+            assert self.metad is not None
+            return await self.metad.answer(header)
+
+        return await self.ask(source, METAD, process, lambda: self.metad, serve, fields, timeout_s)
+
+    async def ctl(self, op: str, **fields: Any) -> Header:
+        return await self.ask_metad("ctl", None, {"op": op, "timeout": 4.0, **fields}, 5.0)
+
+    # --- oracles about the metadata
+
+    def check_sequence(self, batch: list[tuple[int, float, str, Any]]) -> None:
+        """The sequence never repeats, leaves out or goes back."""
+        entries = self.database.entries
+        for index, entry in enumerate(entries[len(entries) - len(batch) :], len(entries) - len(batch)):
+            if entry[0] != index + 1:
+                self.violation(f"metadata sequence {entry[0]} at place {index + 1}")
+
+
+OUTSIDE = Process("outside")
+
+
+class Frontend:
+    """The frontend's decisions about one handle on one node, with the blockd of that node over ipc."""
+
+    def __init__(self, world: World, node: str) -> None:
+        self.world, self.node = world, node
+        self.name = f"frontend{next(world.numbers)}"
+        self.number = next(world.numbers)
+        self.epoch = -1
+        self.at = ""
+        self.stale = ""
+        self.closed = False
+
+    async def keep(self) -> None:
+        """Say each beat that the handle is open."""
+        while not self.closed:
+            await asyncio.sleep(CONFIG.beat_interval)
+            try:
+                await self._exchange({"op": "beat", "frontend": self.name, "handles": [self.number]}, None, 1.0)
+            except UkaiError:
+                continue
+
+    async def _exchange(self, header: Header, payload: bytes | None, timeout_s: float) -> tuple[Header, Any]:
+        """Over ipc: nothing is lost but by the death of a process.  Raises Unreachable when blockd is gone."""
+        loop = asyncio.get_running_loop()
+        server = self.world.blockds.get(self.node)
+        if server is None or not server.alive:
+            raise Unreachable("blockd is away")
+        future: asyncio.Future[tuple[Header, Any]] = loop.create_future()
+
+        def reply(fields: Header, data: Any) -> None:
+            copy = messages.unpack(messages.pack(dict(fields)))
+            kept = None if data is None else bytes(data)
+            token = CURRENT.set(None)
+            try:
+                loop.call_later(0.00005, lambda: future.done() or future.set_result((copy, kept)))
+            finally:
+                CURRENT.reset(token)
+
+        frame = messages.pack(dict(header))
+        within(server.process, loop.call_soon, lambda: server.core.from_frontend(messages.unpack(frame), payload, reply))
+        deadline = loop.time() + timeout_s
+        while True:
+            done, _ = await asyncio.wait({future}, timeout=min(0.05, max(deadline - loop.time(), 0)))
+            if done:
+                fields, data = future.result()
+                messages.raise_error(fields)
+                return fields, data
+            if self.world.blockds.get(self.node) is not server or not server.alive:
+                raise Unreachable("blockd has died")
+            if loop.time() >= deadline:
+                raise Timeout("no answer from blockd")
+
+    async def request(self, header: Header, payload: bytes | None, op_changes: bool) -> Any:
+        """One request, as often as it takes, within io_timeout.  Raises UkaiError for what the guest sees as EIO."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + CONFIG.io_timeout
+        for attempt in itertools.count():
+            if self.stale and op_changes:
+                raise StaleHandle(self.stale)
+            try:
+                if not self.at:
+                    await self._open(deadline)
+                fields = {**header, "h": self.number, "inc": self.at}
+                _, data = await self._exchange(fields, payload, deadline - loop.time())
+                return data
+            except Timeout:
+                raise
+            except UkaiError as e:
+                verdict = after_error(e)
+                if isinstance(e, Unreachable):
+                    self.at = ""
+                elif verdict is Verdict.STALE:
+                    self.stale = e.message
+                    raise
+                elif verdict is Verdict.FAIL:
+                    raise
+                elif verdict is Verdict.REOPEN:
+                    self.at = ""
+                if loop.time() >= deadline:
+                    raise Timeout(e.message) from None
+                await asyncio.sleep(pause_s(attempt))
+        raise AssertionError
+
+    async def _open(self, deadline: float) -> None:
+        left = deadline - asyncio.get_running_loop().time()
+        hello, _ = await self._exchange({"op": "hello", "frontend": self.name}, None, left)
+        header = {"op": "open", "frontend": self.name, "h": self.number, "image": "disk", "epoch": self.epoch}
+        reply, _ = await self._exchange({**header, "inc": hello["inc"]}, None, left)
+        self.epoch = reply["epoch"]
+        self.at = hello["inc"]
+
+    async def close(self) -> None:
+        self.closed = True
+        try:
+            await self._exchange({"op": "close", "h": self.number, "inc": self.at}, None, 1.0)
+        except UkaiError:
+            self.world.note("close was not answered")
