@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ukai.model import parse_size
+
 PIPE_WIDTH = 1000
 FOLDED_WIDTH = 18
 STYLES = {
@@ -88,7 +90,7 @@ class Output:
                 header.strip(">*"),
                 justify="right" if header.startswith(">") else "left",
                 no_wrap=not header.startswith("*"),
-                min_width=FOLDED_WIDTH if header.startswith("*") else None,
+                min_width=FOLDED_WIDTH if header.startswith("*") and self._console.is_terminal else None,
                 overflow="fold",
             )
         for row in rows:
@@ -134,6 +136,11 @@ def size(value: float | None) -> str:
             break
         amount /= 1024
     return f"{amount:.3g} {unit}" if amount < 1000 else f"{amount:.0f} {unit}"
+
+
+def plain_size(value: int) -> str:
+    """``64 MiB``, or ``50000000 bytes`` where that would not be exact."""
+    return size(value) if parse_size(size(value)) == value else f"{value} bytes"
 
 
 def exact_size(value: int) -> str:

@@ -56,6 +56,10 @@ class Meter:
         elif not self._quiet:
             self._line(percent, note)
 
+    def show_bytes(self, percent: float, size_bytes: int) -> None:
+        """How far a copy of ``size_bytes`` is."""
+        self.show(percent, f"{render.size(percent / 100 * size_bytes)} of {render.size(size_bytes)}")
+
     def _line(self, percent: float | None, note: str) -> None:
         now = time.monotonic()
         line = f"{self._title}: {f'{percent:.0f} %' if percent is not None else 'starting'}" + (note and f", {note}")
@@ -84,7 +88,7 @@ def wait_for_job(session: Session, client: Client, job: Map) -> Map:
                 if now[0]["number"] != number:
                     return job | {"state": "stopped", "reason": "another order took its place"}
                 job = now[0]
-            meter.show(100 if job["state"] == "done" else _percent(job), _note(job))
+            meter.show(_percent(job), _note(job))
     except KeyboardInterrupt:
         session.out.remark(f"the resync of {name} goes on; stop it with: ukai-ctl sync stop {name}")
         raise
@@ -97,17 +101,20 @@ def wait_for_job(session: Session, client: Client, job: Map) -> Map:
 
 def _percent(job: Map) -> float | None:
     total, done = job["bytes_total"], job["bytes_done"]
-    return None if total is None else 100.0 if not total else min(100.0, 100 * (done or 0) / total)
+    if job["state"] == "done":
+        return 100.0
+    return min(100.0, 100 * (done or 0) / total) if total else None  # 0: its coordinator has not counted yet
 
 
 def _note(job: Map) -> str:
     if job["state"] == "waiting":
         return f"waiting: {job['reason']}"
     parts = []
-    if job["bytes_total"] is not None:
+    if job["bytes_total"]:
         parts.append(f"{render.size(job['bytes_done'] or 0)} of {render.size(job['bytes_total'])}")
         parts.append(f"{render.size(job['bytes_equal'] or 0)} equal")
-    if job["state"] == "running" and job["rate"] is not None:
+    if job["state"] == "running" and job["rate"]:
         parts.append(render.rate(job["rate"]))
+    if job["state"] == "running" and job["eta"] is not None:
         parts.append(f"{render.duration(job['eta'])} left")
     return ", ".join(parts)

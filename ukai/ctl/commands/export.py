@@ -49,11 +49,10 @@ def command(session: Session, name: str, file: Path, image_format: str | None, f
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         with Meter(f"export {name}", session.as_json) as meter:
-            note = f"of {render.size(image['size'])}"
             arguments = ["-W", "-m", str(qemu.REQUESTS_IN_FLIGHT)]
             # -U: a machine that has the image open holds qemu's lock on it, and we only read
             arguments += ["-U", "-f", "raw", "-O", kind, "--", str(source), str(partial)]
-            qemu.convert(arguments, lambda percent: meter.show(percent, note))
+            qemu.convert(arguments, lambda percent: meter.show_bytes(percent, image["size"]))
         _put(partial, file, force)
     except BaseException:
         partial.unlink(missing_ok=True)

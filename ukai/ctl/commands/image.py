@@ -157,7 +157,7 @@ def show_changed(session: Session, image: Map, notes: list[str], what: str) -> N
 
 
 def describe(image: Map) -> str:
-    blocks = f"{render.plural(image['blocks'], 'block')} of {render.size(image['block_size'])}"
+    blocks = f"{render.plural(image['blocks'], 'block')} of {render.plain_size(image['block_size'])}"
     where = ", ".join(image["locations"]) or "no location"
     return f"{render.exact_size(image['size'])} in {blocks} on {where}"
 
@@ -227,7 +227,7 @@ def job_line(job: Map) -> str:
     if job["bytes_total"]:
         done = job["bytes_done"] or 0
         parts.append(f"{100 * done // job['bytes_total']} % of {render.size(job['bytes_total'])}")
-    if job["state"] == "running" and job["rate"] is not None:
+    if job["state"] == "running" and job["eta"] is not None:
         parts.append(f"{render.rate(job['rate'])}, {render.duration(job['eta'])} left")
     if job["reason"]:
         parts.append(job["reason"])

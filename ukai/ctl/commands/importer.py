@@ -146,8 +146,7 @@ def _copy(image: Map, target: Path, file: Path, source: qemu.FileInfo, meter: Me
     if never_written:
         arguments.append("--target-is-zero")
     arguments += ["-f", source.format, "-O", "raw", "--", str(file), str(target)]
-    note = f"of {render.size(source.virtual_size_bytes)}"
-    qemu.convert(arguments, lambda percent: meter.show(percent, note))
+    qemu.convert(arguments, lambda percent: meter.show_bytes(percent, source.virtual_size_bytes))
     handle = os.open(target, os.O_RDWR)
     try:
         if not never_written:

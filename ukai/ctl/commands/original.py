@@ -98,7 +98,7 @@ def create_metadata(
             }
         )
         return
-    sizes = f"{render.exact_size(rounded)} in {render.plural(blocks, 'block')} of {block_size} bytes"
+    sizes = f"{render.exact_size(rounded)} in {render.plural(blocks, 'block')} of {render.plain_size(block_size)}"
     session.out.line(f"wrote {path}: {sizes} on {', '.join(where)}")
     session.out.notes(notes)
     root = session.config.metadata_root

@@ -105,8 +105,11 @@ def _show_job(session: Session, job: Map) -> None:
 
 def _picture(session: Session, job: Map) -> None:
     total, done = job["bytes_total"], job["bytes_done"]
-    percent = f" ({100 * done / total:.1f} %)" if total and done is not None else ""
-    blocks = f", {job['blocks_done'] or 0} of {job['blocks_total']} blocks" if job["blocks_total"] is not None else ""
+    progress = "-"
+    if total:
+        percent = f"{100 * (done or 0) / total:.1f} %"
+        blocks = f"{job['blocks_done'] or 0} of {render.plural(job['blocks_total'] or 0, 'block')}"
+        progress = f"{render.size(done or 0)} of {render.size(total)} ({percent}), {blocks}"
     limit = job["rate_limit"]
     limits = "" if limit is None or limit < 0 else ", no limit" if limit == 0 else f", limit {render.rate(limit)}"
     reason = f": {job['reason']}" if job["reason"] else ""
@@ -116,7 +119,7 @@ def _picture(session: Session, job: Map) -> None:
             ("state", render.styled(job["state"], reason)),
             ("targets", ", ".join(job["nodes"]) or "all locations"),
             ("blocks", show((a, b) for a, b in job["ranges"]) or "all that are out-of-sync"),
-            ("done", f"{render.size(done)} of {render.size(total)}{percent}{blocks}"),
+            ("done", progress),
             ("copied", render.size(job["bytes_copied"])),
             ("skipped as equal", f"{render.size(job['bytes_equal'])}, holes {render.size(job['bytes_hole'])}"),
             ("rate", render.rate(job["rate"]) + limits),
