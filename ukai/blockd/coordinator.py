@@ -629,9 +629,9 @@ class Coordinator:
                     except (NotCoordinator, Unreachable) as e:
                         await self.core.catch_up()
                         if self.image.writer == writer and isinstance(e, Unreachable):
-                            await self.acquire(-1, "read", deadline)
+                            await self.acquire(-1, "io", deadline)
                 else:
-                    await self.acquire(-1, "read", deadline)
+                    await self.acquire(-1, "io", deadline)
             except UkaiError as e:
                 if not e.retry or self.now() >= deadline:
                     raise
