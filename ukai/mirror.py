@@ -7,6 +7,7 @@ a decision never waits for a PUB message.  Pure: ``metalink.py`` has the sockets
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from ukai.errors import Behind, RemoteProtocolError
 from ukai.messages import Header
 from ukai.model import Change, Cluster
 
+FORMER_PROCESSES = 8
 
 class Mirror:
     """The copy and the rules by which it moves on.  Pure.
@@ -27,6 +29,8 @@ class Mirror:
         self.floor = floor
         self.cluster_id = cluster_id
         self.loaded = False
+        self._former: deque[str] = deque(maxlen=FORMER_PROCESSES)
+        """metad processes before the present one, whose replies may still arrive."""
         self.on_change: list[Callable[[Change], None]] = []
         self.on_reset: list[Callable[[], None]] = []
 
@@ -39,8 +43,8 @@ class Mirror:
         if (snapshot := reply.get("snapshot")) is not None:
             self._reset(snapshot, reply)
         elif (changes := reply.get("changes")) is not None:
-            self._check(reply)
-            self._take(changes)
+            if self._check(reply):
+                self._take(changes)
 
     def take_published(self, message: Header) -> bool:
         """Take one message of the PUB socket; false: something is missing, ask metad to catch up."""
@@ -53,22 +57,28 @@ class Mirror:
         changes = message.get("changes")
         return isinstance(changes, list) and self._take(changes)
 
-    def _check(self, reply: Header) -> None:
-        seq, cluster_id = reply.get("seq"), reply.get("cluster_id")
-        if not isinstance(seq, int) or not isinstance(cluster_id, str):
+    def _check(self, reply: Header) -> bool:
+        """Whether a reply is news; false: it was overtaken.  Raises Behind (R12), RemoteProtocolError."""
+        seq, cluster_id, inc = reply.get("seq"), reply.get("cluster_id"), reply.get("inc")
+        if not isinstance(seq, int) or not isinstance(cluster_id, str) or not isinstance(inc, str):
             raise RemoteProtocolError("a reply of metad without its sequence")
         if self.cluster_id and cluster_id != self.cluster_id:
             raise Behind(
                 f"metad serves cluster {cluster_id}, this node belongs to cluster {self.cluster_id}; "
                 "check metad_address and metadata_root"
             )
+        if inc in self._former:
+            return False
+        if inc == self.inc:
+            return True
         if seq < self.floor:
             raise Behind(
                 f"the metadata is at change {seq}, this node has seen {self.floor}: it was restored from an older "
                 "copy; bring back the newest metadata_root"
             )
-        self.inc = str(reply.get("inc", ""))
-        self.cluster_id = cluster_id
+        self._former.append(self.inc)
+        self.inc, self.cluster_id = inc, cluster_id
+        return True
 
     def _take(self, changes: list[Any]) -> bool:
         for seq, _time, _cause, change in changes:
@@ -83,9 +93,9 @@ class Mirror:
         return True
 
     def _reset(self, snapshot: dict[str, Any], reply: Header) -> None:
-        self._check({"seq": snapshot.get("seq"), "cluster_id": snapshot.get("cluster_id"), "inc": reply.get("inc")})
-        if self.loaded and snapshot["seq"] < self.cluster.seq:
-            return  # a reply that was overtaken
+        about = {"seq": snapshot.get("seq"), "cluster_id": snapshot.get("cluster_id"), "inc": reply.get("inc")}
+        if not self._check(about) or (self.loaded and snapshot["seq"] < self.cluster.seq):
+            return
         self.cluster = Cluster.from_snapshot(snapshot)
         self.loaded = True
         self.floor = max(self.floor, self.cluster.seq)
