@@ -41,7 +41,7 @@ async def grant(core: Core, fields: Header) -> Header:
     opened_epoch = messages.integer(fields, "opened_epoch", low=-1)
     purpose = messages.text(fields, "purpose", 16)
     io = purpose == "io"
-    if purpose not in ("io", "sync"):
+    if purpose not in ("io", "read", "sync"):
         raise Refused(f"a purpose of {purpose!r} does not exist")
     async with core.lock(uuid):
         await _wait_for_pending(core, uuid, node)
@@ -49,7 +49,7 @@ async def grant(core: Core, fields: Header) -> Header:
         _check_eligible(core.image(uuid), node, io, opened_epoch)
         image = core.image(uuid)
         if image.writer not in ("", node):
-            if not io:
+            if not io and (purpose == "sync" or core.up(image.writer)):  # to read is no reason to stop a writer (R2)
                 raise Busy(f"image {image.name} is being written by {image.writer}")
             await displace(core, uuid, node)
             core.session(fields)
