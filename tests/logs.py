@@ -9,6 +9,8 @@ from pathlib import Path
 
 SERIOUS = ("warning", "error", "critical")
 TAIL_LINES = 8
+NOISE = ("Ignoring invalid max threads value",)
+"""Printed by libfuse 3.14.0 about its own default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,4 +61,5 @@ class LogFile:
             fields = json.loads(line)
             return LogLine(fields["node"], fields["process"], fields["level"], fields["message"])
         except (ValueError, KeyError, TypeError):
-            return LogLine("", self.path.stem, "raw", line.decode(errors="replace"))
+            text = line.decode(errors="replace")
+            return LogLine("", self.path.stem, "noise" if text.startswith(NOISE) else "raw", text)
