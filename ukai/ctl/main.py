@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -128,7 +129,12 @@ for alias in original.COMMANDS:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    A terminal that closes and SIGTERM end it as Ctrl-C does: what was begun is undone, qemu-img does not live on.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     cli.main()
 
 

@@ -157,7 +157,7 @@ def nodes(raw: object) -> list[Map]:
 def errors(raw: object) -> list[Map]:
     out = _maps(raw, ERROR)
     for item in out:
-        item["reported_by"] = texts(item["reported_by"])
+        item["reported_by"] = list(dict.fromkeys(texts(item["reported_by"])))
     return out
 
 

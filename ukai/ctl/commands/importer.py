@@ -12,7 +12,7 @@ import click
 
 from ukai import model
 from ukai.ctl import qemu, render, schema
-from ukai.ctl.client import Client
+from ukai.ctl.client import Client, Deadline
 from ukai.ctl.commands.image import creation_notes, creation_options, creation_request
 from ukai.ctl.params import IMAGE, NODE, SIZE, Command, Session, pass_session
 from ukai.ctl.schema import Map
@@ -22,6 +22,7 @@ from ukai.errors import Busy, NotFound, Refused, UkaiError, UsageError
 PUNCH_HOLE_KEEP_SIZE = 0x03
 ZERO_STEP_BYTES = 2**30
 APPEAR_POLL_S = 0.1
+CLOSE_BEATS = 3
 
 
 @click.command(
@@ -86,7 +87,8 @@ def command(
         try:
             image = schema.image(client.call("image.show", {"name": name}, session.fresh_deadline()).get("image"))
             if not request:
-                _check_target(image, file, source, force)
+                _check_fits(name, image["size"], file, source)
+                image = image if force else _when_closed(session, client, image)
             target = _mounted(session, image, patient=bool(request))
             with Meter(f"import {name}", session.as_json) as meter:
                 _copy(image, target, file, source, meter)
@@ -117,14 +119,22 @@ def _check_fits(name: str, size_bytes: int, file: Path, source: qemu.FileInfo) -
         )
 
 
-def _check_target(image: Map, file: Path, source: qemu.FileInfo, force: bool) -> None:
-    """Whether an image that was there before may be overwritten."""
-    _check_fits(image["name"], image["size"], file, source)
-    if image["open"] and not force:
-        raise Busy(
-            f"image {image['name']} is open on {', '.join(image['open'])}; "
-            "stop the machine that uses it, or add --force"
-        )
+def _when_closed(session: Session, client: Client, image: Map) -> Map:
+    """The image, open nowhere.  Raises Busy.
+
+    metad hears of a close with the node's next beat, so one that was just closed counts as open for a moment.
+    """
+    patience = Deadline(session.config.beat_interval * CLOSE_BEATS)
+    while image["open"]:
+        if not patience.left_s():
+            raise Busy(
+                f"image {image['name']} is open on {', '.join(image['open'])}; "
+                "stop the machine that uses it, or add --force"
+            )
+        time.sleep(APPEAR_POLL_S)
+        fields = {"name": image["name"]}
+        image = schema.image(client.call("image.show", fields, session.fresh_deadline()).get("image"))
+    return image
 
 
 def _mounted(session: Session, image: Map, patient: bool) -> Path:
