@@ -90,11 +90,24 @@ class Node:
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
 
-    def pid(self, program: str) -> int:
-        """The process of a program now; 0 where it doesn't run."""
-        command: list[str | Path] = [BIN / "supervisorctl", "-c", self.directory / "supervisord.conf", "pid", program]
-        text = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout.strip()
-        return int(text) if text.isdecimal() else 0
+    def supervisorctl(self, *args: str) -> str:
+        """What supervisorctl answers."""
+        command: list[str | Path] = [BIN / "supervisorctl", "-c", self.directory / "supervisord.conf", *args]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout.strip()
+
+    def kill(self, program: str) -> int:
+        """SIGKILL a program, and have supervisord leave it down.  Returns the process it was."""
+        pid = self.supervisorctl("pid", program)
+        if not pid.isdecimal() or pid == "0":
+            raise DemoError(f"{program} of {self.address} does not run: {pid}")
+        os.kill(int(pid), signal.SIGKILL)
+
+        def down() -> bool:
+            self.supervisorctl("stop", program)  # refused in the moment between its end and its new start
+            return "STOPPED" in self.supervisorctl("status", program)
+
+        until(down, f"{program} of {self.address} down", 10)
+        return int(pid)
 
     def log_tails(self) -> str:
         """The last lines of all its logs."""
@@ -163,13 +176,20 @@ class Nodes:
         if (code := self._ctl(*args).returncode) != 0:
             raise DemoError(f"ukai-ctl {args[0]} ended with exit code {code}")
 
-    def image(self, name: str) -> dict[str, Any]:
-        """What ``ukai-ctl image show NAME --json`` says."""
-        done = self._ctl("image", "show", name, "--json", capture_output=True)
+    def ask(self, *args: str) -> Any:
+        """What a command says with ``--json``.  Raises DemoError when it fails."""
+        done = self._ctl(*args, "--json", capture_output=True)
         if done.returncode != 0:
-            raise DemoError(f"ukai-ctl image show ended with exit code {done.returncode}: {done.stderr.strip()}")
-        image: dict[str, Any] = json.loads(done.stdout)["image"]
+            raise DemoError(f"ukai-ctl {args[0]} ended with exit code {done.returncode}: {done.stderr.strip()}")
+        return json.loads(done.stdout)
+
+    def image(self, name: str) -> dict[str, Any]:
+        image: dict[str, Any] = self.ask("image", "show", name)["image"]
         return image
+
+    def unavailable(self) -> set[str]:
+        """The nodes that ``get_error_state`` lists."""
+        return {node["address"] for node in self.ask("get_error_state")["nodes"]}
 
     def stop(self) -> list[str]:
         """End and unmount everything and remove the directory; returns what did not go by itself."""
