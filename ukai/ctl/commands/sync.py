@@ -123,7 +123,7 @@ def _picture(session: Session, job: Map) -> None:
             ("copied", render.size(job["bytes_copied"])),
             ("skipped as equal", f"{render.size(job['bytes_equal'])}, holes {render.size(job['bytes_hole'])}"),
             ("rate", render.rate(job["rate"]) + limits),
-            ("time left", render.duration(job["eta"])),
+            ("time left", render.duration(job["eta"] if job["state"] == "running" else None)),
             ("started", f"{render.moment(job['started'])} on {job['coordinator'] or 'no node yet'}"),
         ]
     )
