@@ -1,0 +1,722 @@
+"""The block store: what is written is read, and a file alone proves nothing (R8)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.blockd.conftest import OpenStore
+from tests.blockd.files import (
+    FORMAT,
+    OTHER_UUID,
+    STORE_ID,
+    UUID,
+    block_path,
+    descriptors,
+    flush,
+    new_image,
+    open_store,
+    pattern,
+)
+from ukai.blockd.disk import Disk
+from ukai.blockd.store import GENERATIONS, HASH_BYTES, HOLE, META, TEMPORARY, ImageStore, Store
+from ukai.errors import Busy, Damaged, DiskError, Exists, NoSpace, NotFound, StaleEpoch, UkaiError, UsageError
+
+SIZES = [(40960, 8192), (8192, 8192), (20000, 5000), (20480, 5000), (100_000_000, 50_000_000), (12288, 12288)]
+
+
+# --- data
+
+
+@pytest.mark.parametrize(("size", "block_size"), SIZES)
+def test_every_block_is_written_and_read_up_to_its_last_byte(store: Store, size: int, block_size: int) -> None:
+    image = new_image(store, size, block_size)
+    assert sum(image.block_bytes(b) for b in range(image.block_count)) == size
+    for block in range(image.block_count):
+        length = image.block_bytes(block)
+        head, tail = pattern(min(700, length), block), pattern(1, block + 9)
+        image.write(block, 0, head, 7)
+        image.write(block, length - 1, tail, 7)
+        assert image.read(block, 0, len(head))[:-1] == head[:-1]
+        assert image.read(block, length - 1, 1) == tail
+        assert block_path(store, block).stat().st_size == length
+
+
+def test_a_new_image_takes_no_space_and_has_no_block_files(store: Store, root: Path) -> None:
+    image = new_image(store, 100 * 2**30, 64 * 2**20)
+    assert image.allocated([(0, image.block_count - 1)]) == 0
+    assert sorted(os.listdir(root / "image01")) == [GENERATIONS, META]
+
+
+def test_a_block_that_was_written_in_one_place_reads_as_zeros_elsewhere(image: ImageStore) -> None:
+    image.write(1, 4000, b"x" * 200, 3)
+    assert image.read(1, 0, 8192) == bytes(4000) + b"x" * 200 + bytes(3992)
+
+
+def test_data_and_generations_are_there_after_a_restart(reopen: OpenStore) -> None:
+    image = new_image(reopen())
+    image.write(0, 0, b"a" * 8192, 5)
+    image.write(4, 100, b"b" * 10, 9)
+    again = reopen().image(UUID)
+    assert again.read(0, 0, 8192) == b"a" * 8192
+    assert again.read(4, 98, 14) == bytes(2) + b"b" * 10 + bytes(2)
+    assert list(again.generations) == [5, 0, 0, 0, 9]
+
+
+def test_punch_reads_as_zeros_and_frees_the_space(store: Store) -> None:
+    image = new_image(store, 4 * 2**20, 2**20)
+    image.write(2, 0, pattern(2**20, 1), 4)
+    assert image.allocated([(2, 2)]) == 2**20
+    image.punch(2, 0, 2**20, 4)
+    assert image.allocated([(2, 2)]) == 0
+    assert image.read(2, 0, 2**20) == bytes(2**20)
+    assert block_path(store, 2).stat().st_size == 2**20
+    assert 2 in image.unflushed
+
+
+def test_punch_of_an_odd_part_leaves_its_neighbours(image: ImageStore) -> None:
+    data = pattern(8192, 3)
+    image.write(1, 0, data, 4)
+    image.punch(1, 1000, 5001, 4)
+    assert image.read(1, 0, 8192) == data[:1000] + bytes(5001) + data[6001:]
+
+
+def test_punch_writes_zeros_where_the_filesystem_has_no_holes(reopen: OpenStore) -> None:
+    class Solid(Disk):
+        def punch(self, fd: int, offset: int, length: int) -> None:
+            raise OSError(errno.EOPNOTSUPP, "no holes")
+
+    image = new_image(reopen(Solid()))
+    image.write(1, 0, b"z" * 8192, 4)
+    image.punch(1, 10, 20, 4)
+    assert image.read(1, 0, 8192) == b"z" * 10 + bytes(20) + b"z" * 8162
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 4999), st.integers(1, 5000), st.booleans()), min_size=1, max_size=12
+    )
+)
+def test_any_writes_and_punches_leave_what_a_bytearray_would_hold(
+    tmp_path_factory: pytest.TempPathFactory, data: list[tuple[int, int, int, bool]]
+) -> None:
+    store = open_store(tmp_path_factory.mktemp("data"))
+    try:
+        image = new_image(store, 18000, 5000)
+        model = {b: bytearray(image.block_bytes(b)) for b in range(image.block_count)}
+        for n, (block, offset, length, punched) in enumerate(data):
+            length = min(length, len(model[block]) - offset)
+            if length <= 0:
+                continue
+            new = bytes(length) if punched else pattern(length, n)
+            if punched:
+                image.punch(block, offset, length, 1)
+            else:
+                image.write(block, offset, new, 1)
+            model[block][offset : offset + length] = new
+        for block, whole in model.items():
+            if image.generations[block]:
+                assert image.read(block, 0, len(whole)) == whole
+                cached = image.read_cached(block, 0, len(whole))
+                assert cached is None or cached == whole
+    finally:
+        store.close()
+
+
+def test_hashes_tell_equal_from_different_and_holes_from_data(image: ImageStore) -> None:
+    image.write(0, 4096, pattern(4096, 1), 2)
+    image.write(1, 4096, pattern(4096, 1), 2)
+    image.write(1, 8191, b"!", 2)
+    image.write(2, 0, bytes(8192), 2)
+    first, second, third = (image.hash_beside(image.borrow(b), b, 0, 8192, 4096) for b in (0, 1, 2))
+    assert first[:HASH_BYTES] == second[:HASH_BYTES] == HOLE
+    assert first[HASH_BYTES:] != second[HASH_BYTES:]
+    assert third == HOLE * 2
+    assert len(image.hash_beside(image.borrow(0), 0, 100, 5000, 4096)) == 2 * HASH_BYTES
+
+
+# --- generations and epochs
+
+
+def test_a_write_of_an_older_generation_is_refused(image: ImageStore) -> None:
+    image.write(0, 0, b"new", 9)
+    with pytest.raises(StaleEpoch):
+        image.write(0, 0, b"old", 8)
+    assert image.read(0, 0, 3) == b"new"
+    image.check(0, 9)
+    for other in (0, 8, 10):
+        with pytest.raises(Damaged):
+            image.check(0, other)
+
+
+def test_a_higher_epoch_is_on_disk_before_it_counts_and_a_lower_one_is_refused(reopen: OpenStore) -> None:
+    image = new_image(reopen())
+    image.admit(7)
+    image.admit(7)
+    with pytest.raises(StaleEpoch) as caught:
+        image.admit(6)
+    assert caught.value.details == {"epoch": 7}
+    assert reopen().image(UUID).epoch == 7
+
+
+# --- files prove nothing (R8)
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, 4096)
+
+
+def _grow(path: Path) -> None:
+    os.truncate(path, 8193)
+
+
+def _directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.with_name("nowhere"))
+
+
+@pytest.mark.parametrize("harm", [_remove, _truncate, _grow, _directory, _dangling])
+def test_a_harmed_block_file_is_bad_and_is_left_as_it_is(reopen: OpenStore, harm: Callable[[Path], None]) -> None:
+    image = new_image(reopen())
+    for block in range(3):
+        image.write(block, 0, pattern(8192, block), 5)
+    path = block_path(image.store, 1)
+    image.close()
+    harm(path)
+    before = os.path.lexists(path) and os.lstat(path)
+    store = reopen()
+    image = store.image(UUID)
+    assert [bad[:2] for bad in image.inventory()["bad"]] == [[1, 1]]
+    for attempt in (
+        lambda: image.read(1, 0, 10),
+        lambda: image.read_cached(1, 0, 10),
+        lambda: image.write(1, 0, b"x", 5),
+        lambda: image.write(1, 0, b"x", 6),
+        lambda: image.punch(1, 0, 10, 5),
+        lambda: image.borrow(1),
+    ):
+        with pytest.raises(DiskError):
+            attempt()
+    assert list(flush(image, [0, 1, 2])) == [1]
+    after = os.path.lexists(path) and os.lstat(path)
+    assert (before and (before.st_ino, before.st_size)) == (after and (after.st_ino, after.st_size))
+    assert image.read(2, 0, 8192) == pattern(8192, 2)
+
+
+def test_a_file_cut_while_it_is_open_is_found_by_read_hash_and_flush(image: ImageStore) -> None:
+    image.write(1, 0, pattern(8192, 1), 5)
+    os.truncate(block_path(image.store, 1), 4096)
+    with pytest.raises(Damaged):
+        image.read(1, 4000, 200)
+    assert image.read_cached(1, 4000, 200) is None
+    with pytest.raises(Damaged):
+        image.hash_beside(image.borrow(1), 1, 0, 8192, 4096)
+    assert list(flush(image, [1])) == [1]
+
+
+def test_a_file_removed_while_it_is_open_fails_the_flush(image: ImageStore) -> None:
+    image.write(1, 0, b"x", 5)
+    block_path(image.store, 1).unlink()
+    assert list(flush(image, [1])) == [1]
+
+
+def test_a_file_whose_last_block_has_the_full_size_is_good(store: Store, root: Path) -> None:
+    (root / "image01").mkdir()
+    (root / "image01" / (FORMAT % 1)).write_bytes(pattern(5000, 1))
+    image = new_image(store, 8000, 5000, mode="adopt")
+    assert image.adopt() == ([(1, 1)], [])
+    image.adopted([(1, 1)], 3)
+    assert image.read(1, 0, 3000) == pattern(5000, 1)[:3000]
+    assert image.inventory()["bad"] == []
+
+
+def test_a_short_generation_file_says_never_written(reopen: OpenStore, root: Path) -> None:
+    image = new_image(reopen())
+    for block in range(5):
+        image.write(block, 0, b"x", 4)
+    image.close()
+    os.truncate(root / "image01" / GENERATIONS, 20)
+    assert list(reopen().image(UUID).generations) == [4, 4, 0, 0, 0]
+
+
+def test_a_directory_without_our_file_or_with_a_damaged_one_holds_no_image(reopen: OpenStore, root: Path) -> None:
+    new_image(reopen())
+    reopen().close()
+    good = json.loads((root / "image01" / META).read_text())
+    damaged: list[object] = [
+        [],
+        {},
+        None,
+        7,
+        {**good, "uuid": "x"},
+        {**good, "uuid": 5},
+        {**good, "size": "big"},
+        {**good, "size": -1},
+        {**good, "size": 2**70},
+        {**good, "size": float("inf")},
+        {**good, "block_size": 0},
+        {**good, "block_size": 1},
+        {**good, "block_size": True},
+        {**good, "epoch": -1},
+        {**good, "epoch": None},
+        {k: v for k, v in good.items() if k != "epoch"},
+    ]
+    for fields in damaged:
+        (root / "image01" / META).write_text(json.dumps(fields))
+        store = reopen()
+        assert store.images == {}, fields
+        assert len(store.strange) == 1
+        with pytest.raises(Damaged):
+            store.image(UUID)
+    for raw in (b"", b"{", b"\xff\xfe", b"[" * 100_000):
+        (root / "image01" / META).write_bytes(raw)
+        assert reopen().images == {}
+    (root / "image01" / META).unlink()
+    assert reopen().images == {}
+    assert reopen().strange == []
+
+
+def test_an_image_copied_twice_counts_once(reopen: OpenStore, root: Path) -> None:
+    new_image(reopen())
+    (root / "zcopy").mkdir()
+    (root / "zcopy" / META).write_bytes((root / "image01" / META).read_bytes())
+    store = reopen()
+    assert store.image(UUID).name == "image01"
+    assert "zcopy" in store.strange[0]
+
+
+def test_the_inventory_tells_generations_as_ranges_and_what_is_bad(image: ImageStore) -> None:
+    for block, generation in enumerate((4, 4, 0, 4, 6)):
+        if generation:
+            image.write(block, 0, b"x", generation)
+    block_path(image.store, 0).unlink()
+    block_path(image.store, 1).unlink()
+    os.truncate(block_path(image.store, 4), 1)
+    found = image.inventory()
+    assert {k: found[k] for k in ("uuid", "name", "epoch")} == {"uuid": UUID, "name": "image01", "epoch": 0}
+    assert found["gens"] == [[0, 1, 4], [3, 3, 4], [4, 4, 6]]
+    assert [b[:2] for b in found["bad"]] == [[0, 1], [4, 4]]
+    assert "missing" in found["bad"][0][2]
+    assert "1 bytes" in found["bad"][1][2]
+
+
+def test_blocks_whose_files_cannot_be_looked_at_are_bad_not_an_end_of_the_registration(reopen: OpenStore) -> None:
+    class Blind(Disk):
+        def stat(self, path: str) -> tuple[int, int] | None:
+            if path.endswith("1"):
+                raise OSError(errno.EIO, "I/O error")
+            return super().stat(path)
+
+    image = new_image(reopen())
+    image.write(0, 0, b"x", 4)
+    image.write(1, 0, b"x", 4)
+    assert [b[:2] for b in reopen(Blind()).image(UUID).inventory()["bad"]] == [[1, 1]]
+
+    class Blinder(Disk):
+        def names(self, path: str) -> list[str]:
+            if path.endswith("image01"):
+                raise OSError(errno.EIO, "I/O error")
+            return super().names(path)
+
+    assert [b[:2] for b in reopen(Blinder()).image(UUID).inventory()["bad"]] == [[0, 1]]
+
+
+# --- flush (R7)
+
+
+def test_flush_covers_blocks_and_generations_and_forgets_nothing_written_meanwhile(image: ImageStore) -> None:
+    image.write(0, 0, b"x", 2)
+    assert image.unflushed == {0}
+    blocks = image.take_unflushed()
+    image.write(1, 0, b"y", 2)
+    assert image.flush_beside(image.flush_begin(blocks)) == {}
+    assert image.unflushed == {1}
+
+
+class FailingSync(Disk):
+    """fdatasync of files whose name ends so fails while ``broken`` is set."""
+
+    def __init__(self, ending: str) -> None:
+        self.ending, self.broken = ending, False
+
+    def fdatasync(self, fd: int) -> None:
+        if self.broken and os.readlink(f"/proc/self/fd/{fd}").endswith(self.ending):
+            raise OSError(errno.EIO, "I/O error")
+        super().fdatasync(fd)
+
+
+def test_a_block_whose_flush_failed_keeps_failing_until_it_is_made_anew(reopen: OpenStore) -> None:
+    disk = FailingSync(FORMAT % 1)
+    image = new_image(reopen(disk))
+    image.write(0, 0, b"x", 2)
+    image.write(1, 0, b"x", 2)
+    disk.broken = True
+    assert list(flush(image, [0, 1])) == [1]
+    disk.broken = False
+    assert list(flush(image, [1])) == [1], "a failed fsync that succeeds later is a lie"
+    image.write(1, 0, b"y", 2)
+    assert list(flush(image, [0, 1])) == [1]
+    with block_path(image.store, 1).open("rb") as before:
+        image.renew(1)
+        assert os.fstat(before.fileno()).st_nlink == 0, "the file is a new one"
+    image.write(1, 0, b"z", 2)
+    assert flush(image, [1]) == {}
+    assert image.read(1, 0, 2) == b"z\0"
+
+
+def test_generations_that_could_not_be_flushed_are_written_anew(reopen: OpenStore, root: Path) -> None:
+    disk = FailingSync(GENERATIONS)
+    image = new_image(reopen(disk))
+    image.write(0, 0, b"x", 2)
+    disk.broken = True
+    assert list(flush(image, [0])) == [0], "without its generation a block is not on disk"
+    disk.broken = False
+    image.write(3, 0, b"x", 6)
+    with (root / "image01" / GENERATIONS).open("rb") as before:
+        assert flush(image, [0, 3]) == {}
+        assert os.fstat(before.fileno()).st_nlink == 0, "the file is a new one"
+    assert list(reopen().image(UUID).generations) == [2, 0, 0, 6, 0]
+
+
+def test_no_descriptor_left_is_an_error_and_no_lie_later(reopen: OpenStore) -> None:
+    class Poor(Disk):
+        poor = False
+
+        def dup(self, fd: int) -> int:
+            if self.poor:
+                raise OSError(errno.EMFILE, "too many open files")
+            return super().dup(fd)
+
+    disk = Poor()
+    image = new_image(reopen(disk))
+    image.write(0, 0, b"x", 2)
+    disk.poor = True
+    assert list(flush(image, [0])) == [0]
+    with pytest.raises(DiskError):
+        image.borrow(0)
+    disk.poor = False
+
+
+# --- resync (R11)
+
+
+@pytest.mark.parametrize("harm", [None, _remove, _truncate, _grow, _dangling])
+def test_renew_makes_a_block_writable_whatever_its_file_is_like(
+    image: ImageStore, harm: Callable[[Path], None] | None
+) -> None:
+    data = pattern(8192, 1)
+    image.write(1, 0, data, 5)
+    if harm is not None:
+        harm(block_path(image.store, 1))
+    image.renew(1)
+    assert block_path(image.store, 1).stat().st_size == 8192
+    image.write(1, 0, b"new", 7)
+    assert image.read(1, 0, 3) == b"new"
+    assert flush(image, [1]) == {}
+    if harm is None:
+        assert image.read(1, 3, 8189) == data[3:]
+
+
+def test_a_renewed_block_that_lost_data_is_of_no_generation(image: ImageStore) -> None:
+    for block, harm in ((0, _remove), (1, _truncate), (2, None)):
+        image.write(block, 0, pattern(8192, 1), 5)
+        if harm is not None:
+            harm(block_path(image.store, block))
+        image.renew(block)
+    assert list(image.generations[:3]) == [0, 0, 5], "a late renew must not make zeros pass for data"
+
+
+def test_renew_of_a_file_exchanged_under_us_uses_the_new_one(image: ImageStore) -> None:
+    image.write(1, 0, b"old", 5)
+    path = block_path(image.store, 1)
+    path.rename(path.with_name("kept-by-admin"))
+    path.write_bytes(bytes(8192))
+    image.renew(1)
+    image.write(1, 0, b"new", 7)
+    assert path.read_bytes()[:3] == b"new"
+    assert path.with_name("kept-by-admin").read_bytes()[:3] == b"old"
+
+
+# --- adoption
+
+
+def test_hand_made_block_files_are_adopted_as_they_are(store: Store, root: Path) -> None:
+    directory = root / "image01"
+    directory.mkdir()
+    for block in (0, 1, 3):
+        (directory / (FORMAT % block)).write_bytes(pattern(8192, block))
+    (directory / (FORMAT % 4)).write_bytes(b"short")
+    (directory / "notes.txt").write_bytes(b"mine")
+    image = new_image(store, mode="adopt")
+    present, bad = image.adopt()
+    assert present == [(0, 1), (3, 3)]
+    assert [b[:2] for b in bad] == [[4, 4]]
+    assert new_image(store, mode="adopt") is image
+    image.adopted(present, 12)
+    assert image.read(3, 0, 8192) == pattern(8192, 3)
+    image.check(3, 12)
+    assert (directory / "notes.txt").read_bytes() == b"mine"
+    assert (directory / (FORMAT % 4)).read_bytes() == b"short"
+
+
+def test_forget_takes_back_an_adoption_and_leaves_the_block_files(store: Store, root: Path) -> None:
+    directory = root / "image01"
+    directory.mkdir()
+    (directory / (FORMAT % 0)).write_bytes(pattern(8192, 0))
+    new_image(store, mode="adopt").adopted([(0, 0)], 5)
+    store.forget(UUID)
+    store.forget(UUID)
+    assert os.listdir(directory) == [FORMAT % 0]
+    assert store.images == {}
+    assert new_image(store, mode="adopt").adopt()[0] == [(0, 0)]
+
+
+def test_block_files_of_another_size_are_refused_without_a_trace(store: Store, root: Path) -> None:
+    directory = root / "image01"
+    directory.mkdir()
+    (directory / (FORMAT % 0)).write_bytes(bytes(4096))
+    with pytest.raises(Exists, match="8192"):
+        new_image(store, mode="adopt")
+    assert os.listdir(directory) == [FORMAT % 0]
+    assert store.images == {}
+
+
+# --- prepare and drop
+
+
+@pytest.mark.parametrize("mode", ["create", "join"])
+def test_data_in_the_way_are_refused_and_left(store: Store, root: Path, mode: str) -> None:
+    directory = root / "image01"
+    directory.mkdir()
+    (directory / "precious").write_bytes(b"data")
+    with pytest.raises(Exists):
+        new_image(store, mode=mode)
+    assert os.listdir(directory) == ["precious"]
+
+
+@pytest.mark.parametrize("mode", ["create", "join", "adopt"])
+def test_the_directory_of_another_image_is_refused(store: Store, mode: str) -> None:
+    new_image(store)
+    with pytest.raises(Exists):
+        store.prepare(OTHER_UUID, "image01", 40960, 8192, mode)
+    assert list(store.images) == [UUID]
+
+
+def test_create_twice_is_refused_and_join_twice_is_not(store: Store) -> None:
+    image = new_image(store, mode="join")
+    assert new_image(store, mode="join") is image
+    with pytest.raises(Exists):
+        new_image(store)
+
+
+def test_what_a_crash_in_prepare_leaves_is_no_data(store: Store, root: Path) -> None:
+    (root / "image01").mkdir()
+    (root / "image01" / TEMPORARY).write_bytes(b"half")
+    (root / "image01" / GENERATIONS).write_bytes(b"\x09" * 40)
+    image = new_image(store)
+    assert set(image.generations) == {0}
+    image.write(0, 0, b"x", 1)
+
+
+@pytest.mark.parametrize(
+    ("uuid", "name", "size", "block_size", "mode"),
+    [
+        (UUID, "../outside", 40960, 8192, "create"),
+        (UUID, ".ukai", 40960, 8192, "create"),
+        (UUID, "", 40960, 8192, "create"),
+        (UUID, "a/b", 40960, 8192, "create"),
+        ("no-uuid", "image01", 40960, 8192, "create"),
+        ("", "image01", 40960, 8192, "create"),
+        (UUID, "image01", 0, 8192, "create"),
+        (UUID, "image01", 40960, 1, "create"),
+        (UUID, "image01", 2**62, 8192, "create"),
+        (UUID, "image01", 40960, 8192, "steal"),
+    ],
+)
+def test_what_cannot_be_an_image_is_refused_before_anything_is_made(
+    store: Store, root: Path, uuid: str, name: str, size: int, block_size: int, mode: str
+) -> None:
+    before = sorted(p.relative_to(root) for p in root.rglob("*"))
+    with pytest.raises(UkaiError):
+        store.prepare(uuid, name, size, block_size, mode)
+    assert sorted(p.relative_to(root) for p in root.rglob("*")) == before
+    assert store.images == {}
+
+
+def test_a_file_where_the_directory_should_be_is_refused(store: Store, root: Path) -> None:
+    (root / "image01").write_bytes(b"a file")
+    with pytest.raises(UkaiError):
+        new_image(store)
+    assert (root / "image01").read_bytes() == b"a file"
+
+
+def test_an_image_known_with_other_sizes_is_refused(store: Store) -> None:
+    new_image(store, mode="join")
+    with pytest.raises(Exists):
+        new_image(store, 81920, 8192, mode="join")
+
+
+def test_drop_deletes_the_image_and_leaves_foreign_files(store: Store, root: Path) -> None:
+    image = new_image(store)
+    for block in range(5):
+        image.write(block, 0, b"x", 2)
+    (root / "image01" / "notes.txt").write_bytes(b"mine")
+    store.drop(UUID, "image01")
+    assert os.listdir(root / "image01") == ["notes.txt"]
+    assert store.images == {}
+    with pytest.raises(NotFound):
+        store.drop(UUID, "image01")
+
+
+def test_drop_of_an_image_of_our_own_leaves_nothing(store: Store, root: Path) -> None:
+    new_image(store).write(0, 0, b"x", 2)
+    store.drop(UUID, "image01")
+    assert os.listdir(root) == [".ukai"]
+
+
+def test_drop_of_another_uuid_under_the_same_name_touches_nothing(store: Store) -> None:
+    image = new_image(store)
+    image.write(0, 0, b"x", 2)
+    with pytest.raises(NotFound):
+        store.drop(OTHER_UUID, "image01")
+    assert image.read(0, 0, 1) == b"x"
+
+
+def test_drop_of_blocks_forgets_exactly_those(reopen: OpenStore) -> None:
+    image = new_image(reopen())
+    for block in range(5):
+        image.write(block, 0, b"x", 2)
+    image.drop([(1, 2), (4, 4000)])
+    assert [block_path(image.store, b).exists() for b in range(5)] == [True, False, False, True, False]
+    assert image.unflushed == {0, 3}
+    assert reopen().image(UUID).inventory()["gens"] == [[0, 0, 2], [3, 3, 2]]
+
+
+# --- descriptors
+
+
+def test_the_file_unused_for_longest_is_closed_and_those_not_flushed_stay(reopen: OpenStore) -> None:
+    store = reopen(limit=2)
+    image = new_image(store)
+    for block in range(5):
+        image.write(block, 0, b"x", 2)
+    assert [b for _, b in store.files] == [0, 1, 2, 3, 4], "an error of the disk must find the descriptor open"
+    assert flush(image, [0, 1, 2, 3, 4]) == {}
+    image.read(0, 0, 1)
+    store.forget_files(UUID, 4)
+    image.read(4, 0, 1)
+    assert [b for _, b in store.files] == [0, 4]
+    image.read(1, 0, 1)
+    assert [b for _, b in store.files] == [4, 1]
+    held = [d for d in descriptors() if d.endswith(tuple(FORMAT % b for b in range(5)))]
+    assert len(held) == 2
+
+
+def test_a_borrowed_descriptor_outlives_the_one_it_came_from(image: ImageStore) -> None:
+    image.write(0, 0, b"x", 2)
+    fd = image.borrow(0)
+    image.store.forget_files(UUID)
+    assert image.read_beside(fd, 0, 0, 1) == b"x"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+# --- the store itself
+
+
+def test_a_new_store_takes_its_identity_and_keeps_it(reopen: OpenStore) -> None:
+    store = reopen()
+    assert (store.store_id, store.serial, store.highest_seq) == (STORE_ID, 0, 0)
+    store.serial, store.highest_seq, store.cluster_id = 3, 77, "c"
+    store.save()
+    store.close()
+    again = Store(store.root, "%016d", Disk(), 64)
+    again.open("another-id")
+    assert (again.store_id, again.serial, again.highest_seq, again.cluster_id) == (STORE_ID, 3, 77, "c")
+    again.close()
+
+
+def test_a_second_blockd_is_refused(reopen: OpenStore, root: Path) -> None:
+    store = reopen()
+    before = descriptors()
+    with pytest.raises(Busy, match="another blockd"):
+        open_store(root)
+    assert descriptors() == before
+    store.close()
+    reopen().save()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xff",
+        b'{"store_id": "x"}',
+        b'{"store_id": 1, "cluster_id": "", "serial": 0, "highest_seq": 0}',
+        b'{"store_id": "x", "cluster_id": "", "serial": "many", "highest_seq": 0}',
+        b'{"store_id": "x", "cluster_id": "", "serial": 0, "highest_seq": -1}',
+    ],
+)
+def test_a_damaged_identity_is_named_and_kept(reopen: OpenStore, root: Path, content: bytes) -> None:
+    reopen().close()
+    (root / ".ukai" / "store.json").write_bytes(content)
+    before = descriptors()
+    with pytest.raises(UsageError, match=r"store\.json is damaged"):
+        open_store(root)
+    assert descriptors() == before
+    assert (root / ".ukai" / "store.json").read_bytes() == content
+
+
+def test_a_data_root_that_cannot_be_used_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"data_root .*file") as caught:
+        open_store(tmp_path / "file")
+    assert "\n" not in caught.value.message
+    assert "None" not in caught.value.message
+
+
+def test_no_space_is_told_apart(reopen: OpenStore) -> None:
+    class Full(Disk):
+        full = 0
+
+        def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
+            if self.full:
+                raise OSError(self.full, "full")
+            return super().pwrite(fd, data, offset)
+
+    disk = Full()
+    image = new_image(reopen(disk))
+    image.write(0, 0, b"x", 2)
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        disk.full = number
+        with pytest.raises(NoSpace) as caught:
+            image.write(0, 0, b"y", 2)
+        assert caught.value.details == {"touched": False}
+    disk.full = errno.EIO
+    with pytest.raises(DiskError) as failed:
+        image.write(0, 0, b"y", 2)
+    assert failed.value.details == {"touched": True}
+    assert 0 in image.unflushed
+    disk.full = 0
+    assert image.read(0, 0, 1) == b"x"
+    image.write(0, 0, b"z", 2)
