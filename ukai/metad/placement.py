@@ -152,5 +152,5 @@ async def migrate(core: Core, fields: Header) -> Header:
     async with core.lock(uuid):
         if core.image(uuid).writer not in ("", node):
             await _displace_within(core, uuid, node, timeout_s * 0.6)
-    await core.call(node, "acquire", {"image": uuid}, timeout_s * 0.4)
+    await core.call(node, "acquire", {"image": uuid, "purpose": "io"}, timeout_s * 0.4)
     return {"image": reports.summary(core, core.image(uuid)), "notes": []}

@@ -1,0 +1,1 @@
+"""metad: its decisions without I/O, its database, its sockets."""

@@ -1,0 +1,364 @@
+"""Who may write (R1–R3, R5), and what a coordinator may change (R4, R9, R11)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.metad.desk import A, B, C, D, Desk, at_desk
+from ukai.errors import (
+    Busy,
+    NotCoordinator,
+    NotFound,
+    NotReady,
+    Refused,
+    RemoteProtocolError,
+    StaleEpoch,
+    StaleHandle,
+    Timeout,
+    Unreachable,
+)
+from ukai.messages import Header
+from ukai.metad import jobs
+
+
+def test_first_write_takes_the_role_and_activates() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        assert await desk.own(A, image) == 1
+        image = desk.core.image(image.uuid)
+        assert (image.writer, image.epoch) == (A, 1)
+        reply = await desk.coordinate(A, "activate", image, ranges=[[2, 3]])
+        assert list(image.active) == [(2, 3)]
+        assert {image.replica(n, 2).generation for n in (A, B)} == {reply["generation"]}  # type: ignore[union-attr]
+        assert image.required(A, 2) == 0, "a crash before the first write leaves nothing of this generation"
+        await desk.coordinate(A, "retire", image, ranges=[[0, 9]])
+        assert not len(image.active)
+        assert image.required(A, 2) == reply["generation"]
+        await desk.coordinate(A, "release", image)
+        assert image.writer == ""
+
+    at_desk(scene)
+
+
+@pytest.mark.parametrize("op", ["activate", "retire", "mark", "release", "sync.begin", "sync.finish", "job.end"])
+def test_only_the_writer_in_its_epoch_changes_an_image(op: str) -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        seq = desk.core.cluster.seq
+        request: Header = {"image": image.uuid, "ranges": [[0, 0]], "target": B, "number": 1, "state": "done"}
+        request["marks"] = [[B, 0, 0, "x"]]
+        with pytest.raises(StaleEpoch):
+            await desk.do(op, node=A, inc=desk.core.sessions[A].inc, epoch=0, **request)
+        with pytest.raises(NotCoordinator):
+            await desk.do(op, node=B, inc=desk.core.sessions[B].inc, epoch=1, **request)
+        with pytest.raises(NotReady):
+            await desk.do(op, node=A, inc="another process", epoch=1, **request)
+        assert desk.core.cluster.seq == seq
+
+    at_desk(scene)
+
+
+def test_the_last_in_sync_replica_stays_even_among_marks_of_one_request() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B, C)
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[0, 4]])
+        reply = await desk.coordinate(
+            A, "mark", image, marks=[[A, 0, 1, "eio"], [B, 0, 0, "gone"], [C, 0, 2, "gone"], [B, 1, 1, "gone"]]
+        )
+        assert reply["kept"] == [[C, 0, 1]]
+        assert desk.statuses(image, A)[:4] == [2, 2, 0, 0]
+        assert desk.statuses(image, B)[:4] == [2, 2, 0, 0]
+        assert desk.statuses(image, C)[:4] == [0, 0, 2, 0]
+        assert image.replica(C, 0).reason == "gone", "the reason is kept with the one that stays"  # type: ignore[union-attr]
+        seq = desk.core.cluster.seq
+        assert (await desk.coordinate(A, "mark", image, marks=[[A, 0, 1, "again"]]))["kept"] == []
+        assert desk.core.cluster.seq == seq, "what is marked already is no change"
+
+    at_desk(scene)
+
+
+def test_marks_of_a_lost_node_are_one_change() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B, blocks=20_000)
+        await desk.own(A, image)
+        seq = desk.core.cluster.seq
+        await desk.coordinate(A, "mark", image, marks=[[B, i, i, "gone"] for i in range(0, 20_000, 2)])
+        assert desk.core.cluster.seq == seq + 1
+
+    at_desk(scene)
+
+
+def test_a_live_writer_is_asked_to_release_and_its_open_handles_are_stale() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[0, 0]])
+        desk.answers[A, "release"] = {"handles": 1, "clean": True}
+        assert await desk.own(B, image, opened_epoch=1) == 2
+        image = desk.core.image(image.uuid)
+        assert image.writer == B
+        assert image.lost == {A: 2}
+        assert not len(image.active)
+        assert desk.statuses(image, A) == desk.statuses(image, B) == [0] * 10
+        with pytest.raises(StaleHandle, match="open it anew"):
+            await desk.grant(A, image, opened_epoch=1)
+        desk.answers[B, "release"] = {"handles": 0, "clean": True}
+        await desk.own(A, image, opened_epoch=2)
+        assert B not in desk.core.image(image.uuid).lost
+
+    at_desk(scene)
+
+
+def test_a_silent_writer_is_waited_out_and_its_active_blocks_keep_one_copy() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B, C)
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[3, 4]])
+        desk.answers[A, "release"] = Timeout("no answer")
+        begun = desk.now()
+        renewed: list[Header] = []
+
+        async def keep_beating() -> None:
+            for _ in range(6):
+                renewed.append(await desk.beat(A, roles={image.uuid: 1}))
+                for node in (B, C):
+                    await desk.beat(node)
+                await asyncio.sleep(0.08)
+
+        beats = asyncio.create_task(keep_beating())
+        await asyncio.sleep(0)
+        reply = await desk.grant(B, image)
+        await beats
+        assert desk.now() - begun >= desk.core.config.lease
+        assert [image.uuid] in [r["lost"] for r in renewed], "its beats no longer renew the role"
+        await desk.do(
+            "grant.commit", node=B, inc=desk.core.sessions[B].inc, image=image.uuid, epoch=reply["epoch"], fenced=[B, C]
+        )
+        assert desk.statuses(image, B) == [0] * 10
+        assert desk.statuses(image, A) == desk.statuses(image, C) == [0, 0, 0, 2, 2, 0, 0, 0, 0, 0]
+        image = desk.core.image(image.uuid)
+        assert list(image.active) == [(3, 4)]
+        assert image.lost == {A: 2}
+
+    at_desk(scene)
+
+
+def test_a_dead_writer_is_not_asked_for_longer_than_its_lease() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+
+        async def never(fields: Header) -> Header:
+            await asyncio.sleep(60)
+            return {}
+
+        desk.answers[A, "release"] = never
+        begun = desk.now()
+        task = asyncio.create_task(desk.own(B, image))
+        while not task.done():
+            await desk.beat(B)
+            await asyncio.sleep(0.02)
+        assert desk.core.config.lease <= desk.now() - begun < desk.core.config.lease + 0.3
+        assert await task == 2
+
+    at_desk(scene)
+
+
+def test_after_its_own_start_metad_waits_a_lease_for_a_writer_it_does_not_know() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        del desk.core.sessions[A]
+        desk.core.started = desk.now()
+        begun = desk.now()
+        task = asyncio.create_task(desk.own(B, image))
+        while not task.done():
+            await desk.beat(B)
+            await asyncio.sleep(0.02)
+        assert desk.now() - begun >= desk.core.config.lease
+        await task
+
+    at_desk(scene)
+
+
+def test_takeover_without_an_in_sync_copy_names_the_nodes_needed() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B, C)
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[0, 1]])
+        await desk.coordinate(A, "mark", image, marks=[[B, 0, 1, "gone"], [C, 0, 0, "gone"]])
+        desk.answers[A, "release"] = {"handles": 0, "clean": False}
+        with pytest.raises(Unreachable, match=rf"needs node {A} or {C}: .* blocks 0,1 .* can't be reached") as caught:
+            await desk.own(B, image, fenced=[B])
+        assert "\n" not in caught.value.message
+        assert desk.core.image(image.uuid).writer == ""
+
+    at_desk(scene)
+
+
+def test_a_reserved_epoch_is_good_for_one_commit_of_its_node() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        reply = await desk.grant(A, image)
+
+        def commit(node: str, epoch: int) -> Header:
+            return {"node": node, "inc": f"{node}-1", "image": image.uuid, "epoch": epoch, "fenced": [A, B]}
+
+        with pytest.raises(StaleEpoch):
+            await desk.do("grant.commit", **commit(B, reply["epoch"]))
+        await desk.do("grant.commit", **commit(A, reply["epoch"]))
+        await desk.do("grant.commit", **commit(A, reply["epoch"]))
+        await desk.coordinate(A, "release", image)
+        with pytest.raises(StaleEpoch):
+            await desk.do("grant.commit", **commit(A, reply["epoch"]))
+
+    at_desk(scene)
+
+
+def test_two_nodes_at_once_do_not_take_the_role_from_each_other_before_it_is_used() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        desk.answers[A, "release"] = {"handles": 1, "clean": True}
+        first = await desk.grant(A, image)
+        second = asyncio.create_task(desk.grant(B, image))
+        await asyncio.sleep(0.05)
+        assert not second.done()
+        await desk.do("grant.commit", node=A, inc=f"{A}-1", image=image.uuid, epoch=first["epoch"], fenced=[A, B])
+        await second
+        assert desk.called("release") == [A]
+
+    at_desk(scene)
+
+
+def test_who_may_have_the_role() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B, hypervisors=[A])
+        for node in (C, D):
+            await desk.register(node)
+        with pytest.raises(Refused, match="no hypervisor"):
+            await desk.grant(B, image)
+        with pytest.raises(Refused, match="no hypervisor"):
+            await desk.grant(C, image, purpose="sync")
+        with pytest.raises(Refused, match="purpose"):
+            await desk.grant(A, image, purpose="fun")
+        await desk.own(A, image)
+        with pytest.raises(Busy):
+            await desk.grant(B, image, purpose="sync")
+        await desk.do("image.offline", name="disk")
+        with pytest.raises(NotFound, match="offline"):
+            await desk.grant(A, image)
+        with pytest.raises(NotFound):
+            await desk.do("grant", node=A, inc=f"{A}-1", image="nope", opened_epoch=-1, purpose="io")
+
+    at_desk(scene)
+
+
+def test_a_resync_is_compare_and_set() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        generation = (await desk.coordinate(A, "activate", image, ranges=[[0, 1]]))["generation"]
+        await desk.coordinate(A, "mark", image, marks=[[B, 0, 4, "gone"]])
+        reply = await desk.coordinate(A, "sync.begin", image, target=B, ranges=[[0, 9]])
+        assert reply == {"syncing": [[0, 1]], "in_sync": [[2, 4]]}
+        assert desk.statuses(image, B) == [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+        assert image.replica(B, 0).generation == generation  # type: ignore[union-attr]
+        await desk.coordinate(A, "mark", image, marks=[[B, 1, 1, "gone again"]])
+        reply = await desk.coordinate(A, "sync.finish", image, target=B, ranges=[[0, 1]])
+        assert reply == {"failed": [[1, 1]]}
+        assert desk.statuses(image, B)[:2] == [0, 2]
+
+    at_desk(scene)
+
+
+def test_syncing_replicas_do_not_outlive_their_coordinator() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[0, 1]])
+        await desk.coordinate(A, "mark", image, marks=[[B, 0, 1, "gone"]])
+        await desk.coordinate(A, "sync.begin", image, target=B, ranges=[[0, 1]])
+        desk.answers[A, "release"] = {"handles": 0, "clean": True}
+        await desk.register(C)
+        await desk.do("hypervisor.add", name="disk", node=C)
+        await desk.grant(C, image)
+        assert desk.statuses(image, B)[:2] == [2, 2]
+        assert "resync interrupted" in desk.reasons(image, B)
+
+    at_desk(scene)
+
+
+def test_fields_of_the_wrong_shape_change_nothing() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        seq = desk.core.cluster.seq
+        for op, fields in [
+            ("activate", {"ranges": [[0, 10]]}),
+            ("activate", {"ranges": [[1, 0]]}),
+            ("activate", {"ranges": 7}),
+            ("mark", {"marks": [[B, 0, 10, "x"]]}),
+            ("mark", {"marks": [[B, 0]]}),
+            ("mark", {"marks": {"a": 1}}),
+            ("sync.begin", {"ranges": [[0, 1]]}),
+            ("job.end", {"number": 1, "state": "tired"}),
+        ]:
+            with pytest.raises(RemoteProtocolError):
+                await desk.coordinate(A, op, image, **fields)
+        with pytest.raises(RemoteProtocolError):
+            await desk.do("no.such.op")
+        assert desk.core.cluster.seq == seq
+
+    at_desk(scene)
+
+
+def test_a_writer_whose_process_ended_keeps_its_place_until_another_writes() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        await desk.register(A, inc="second life")
+        image = desk.core.image(image.uuid)
+        assert (image.writer, image.former) == ("", A)
+        await desk.own(A, image, opened_epoch=1)  # its guest goes on
+        await desk.register(A, inc="third life")
+        await desk.beat(A, opens={image.uuid: 1})
+        await desk.own(B, image)
+        with pytest.raises(StaleHandle):
+            await desk.grant(A, image, opened_epoch=1)
+
+    at_desk(scene)
+
+
+def test_the_coordinator_of_a_resync_is_looked_for() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B, hypervisors=[A])
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[0, 1]])
+        await desk.coordinate(A, "mark", image, marks=[[B, 0, 1, "gone"]])
+        await desk.coordinate(A, "release", image)
+        job = (await desk.do("sync.start", name="disk", nodes=[B]))["job"]
+        assert job["state"] == "waiting"
+        await asyncio.gather(*desk.tasks)
+        assert desk.called("acquire") == [A]
+        with pytest.raises(Busy, match="under way"):
+            await desk.do("sync.start", name="disk")
+        desk.answers[A, "acquire"] = Timeout("no answer")
+        jobs.tick(desk.core)
+        await asyncio.gather(*desk.tasks)
+        shown = (await desk.do("sync.status", name="disk"))["jobs"][0]
+        assert "no answer" in shown["reason"]
+        await desk.own(A, image)
+        await desk.beat(A, progress={image.uuid: {"bytes_total": 8192, "bytes_done": 4096, "coordinator": A}})
+        shown = (await desk.do("sync.status"))["jobs"][0]
+        assert (shown["state"], shown["bytes_done"], shown["coordinator"]) == ("running", 4096, A)
+        await desk.coordinate(A, "job.end", image, number=job["number"] + 1, state="done")
+        assert (await desk.do("sync.status"))["jobs"][0]["state"] == "running", "the end of another order"
+        await desk.coordinate(A, "job.end", image, number=job["number"], state="done", progress={"bytes_done": 8192})
+        shown = (await desk.do("sync.status"))["jobs"][0]
+        assert (shown["state"], shown["bytes_done"]) == ("done", 8192)
+
+    at_desk(scene)
