@@ -18,6 +18,7 @@ import psutil
 
 T = TypeVar("T")
 
+PORT_STEP = 8
 PORT_FIRST, PORT_LAST = 23000, 32000  # above UKAI's own, below those that the kernel hands out
 POLL_S = 0.05
 FUSE_CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -42,9 +43,10 @@ class PortRange:
     """``count`` ports that are free on all ``addresses``, held against other test runs by a locked file."""
 
     def __init__(self, addresses: Sequence[str], count: int) -> None:
+        assert count <= PORT_STEP, f"at most {PORT_STEP} ports"  # one grid for all: ranges must not overlap
         self.addresses, self.count = addresses, count
         _LOCK_DIR.mkdir(exist_ok=True)
-        for first in range(PORT_FIRST, PORT_LAST, count):
+        for first in range(PORT_FIRST, PORT_LAST, PORT_STEP):
             self._lock = os.open(_LOCK_DIR / str(first), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,7 +30,7 @@ FORCE_SECONDS = 10.0
 DRAIN_SECONDS = 5.0
 END_SECONDS = 10.0
 BUSY_SECONDS = 0.05
-BUSY_TRIES = 20
+BUSY_TRIES = 10
 
 
 class FrontendServer:
@@ -149,18 +149,18 @@ class FrontendServer:
         return True
 
     async def _unmounted(self) -> bool:
-        """Try to unmount.  Busy for a moment after the last close is normal: the kernel tells us before it lets go."""
+        """Try to unmount.  Open or busy for a moment after the last close is normal: the kernel tells us late."""
+        point = self._config.mount_point
         for attempt in range(BUSY_TRIES):
             if self._ended.is_set():
                 return True
-            if self._client.handles():
-                return False
             try:
-                if await asyncio.to_thread(mount.unmount, self._config.mount_point):
+                free = not self._client.handles() and mount.find(point) == self._mount
+                if free and await asyncio.to_thread(mount.unmount, point):
                     return True
             except OSError as e:
                 if attempt == 0:
-                    log.warning("%s can't be unmounted: %s", self._config.mount_point, e)
+                    log.warning("%s can't be unmounted: %s", point, e)
             await self._pause(BUSY_SECONDS)
         return self._ended.is_set()
 

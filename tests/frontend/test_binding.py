@@ -1,0 +1,116 @@
+"""Errors of callbacks, and what the self-check says, without a mount."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from ukai.errors import Busy, NoSpace, NotFound, UkaiError
+from ukai.frontend import binding
+
+
+def raising(error: BaseException) -> int:
+    def work() -> int:
+        raise error
+
+    return binding._guarded("fsync", work, None)()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "full"), errno.ENOSPC),
+        (FileNotFoundError(errno.ENOENT, "gone"), errno.ENOENT),
+        (TimeoutError(errno.ETIMEDOUT, "late"), errno.ETIMEDOUT),
+        (NotFound("x"), errno.ENOENT),
+        (Busy("x"), errno.EBUSY),
+        (NoSpace("x"), errno.ENOSPC),
+        (UkaiError("x"), errno.EIO),
+    ],
+)
+def test_errors_with_a_meaning_keep_it(error: BaseException, expected: int) -> None:
+    assert raising(error) == -expected
+
+
+@pytest.mark.expect_log("fsync failed in the frontend itself")
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError(),
+        ConnectionError("x"),
+        OSError(-5, "x"),
+        OSError(0, "x"),
+        OSError("no number"),
+        OSError(2**31, "x"),
+        ValueError("x"),
+        AssertionError(),
+        MemoryError(),
+        RecursionError(),
+        KeyboardInterrupt(),
+        SystemExit(0),
+        SystemExit(1),
+        GeneratorExit(),
+        BaseException("x"),
+    ],
+    ids=repr,
+)
+def test_every_other_exception_is_eio(error: BaseException) -> None:
+    assert raising(error) == -errno.EIO
+
+
+def test_even_a_broken_log_is_eio(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(logging.getLogger("ukai.frontend.binding"), "error", broken)
+    assert raising(ValueError("x")) == -errno.EIO
+
+
+@pytest.mark.parametrize(("name", "major"), [("mfusepy", 3), ("fusepy", 2)])
+def test_each_binding_gets_its_library(name: str, major: int) -> None:
+    library = binding.load(name)
+    assert (library.name, library.version[0]) == (name, major)
+    assert name in str(library)
+
+
+def test_auto_prefers_libfuse3() -> None:
+    assert binding.load("auto").name == "mfusepy"
+
+
+def test_fusepy_gets_fallocate_where_libfuse_looks_for_it() -> None:
+    module = binding.load("fusepy").module
+    full = binding._with_fallocate(module)
+    assert ctypes.sizeof(full) == ctypes.sizeof(module.fuse_operations) + 5 * ctypes.sizeof(ctypes.c_void_p)
+    assert full.fallocate.offset == ctypes.sizeof(full) - ctypes.sizeof(ctypes.c_void_p)
+
+
+@pytest.mark.parametrize(
+    ("missing", "wanted", "says"),
+    [
+        ("fuse3", "mfusepy", "install libfuse3"),
+        ("fuse", "fusepy", "install libfuse2"),
+        ("fuse fuse3", "auto", "install libfuse3.*install libfuse2"),
+        ("fuse3", "auto", "fusepy with libfuse 2.9"),
+    ],
+)
+def test_a_missing_library_is_one_clear_line(missing: str, wanted: str, says: str) -> None:
+    code = f"""
+import ctypes.util
+real = ctypes.util.find_library
+ctypes.util.find_library = lambda name: None if name in {missing.split()!r} else real(name)
+from ukai.errors import UkaiError
+from ukai.frontend import binding
+try:
+    print(binding.load({wanted!r}))
+except UkaiError as e:
+    print(e.message)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1
+    assert __import__("re").search(says, lines[0]), lines
