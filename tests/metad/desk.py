@@ -160,6 +160,14 @@ class Desk:
         return [node for node, name, _ in self.calls if name == op]
 
 
+def state(cluster: Cluster) -> dict[str, Any]:
+    """Everything, in an order that does not depend on the way that led there."""
+    found = cluster.snapshot()
+    for key, name in (("images", "uuid"), ("nodes", "address"), ("jobs", "uuid")):
+        found[key].sort(key=lambda row: row[name])
+    return found
+
+
 def at_desk(test: Callable[[Desk], Awaitable[None]], config: Config = CONFIG) -> None:
     """Run a scene on a new desk; afterwards the history leads to the same state again."""
 

@@ -297,7 +297,7 @@ def test_fields_of_the_wrong_shape_change_nothing() -> None:
         image = await desk.image(A, B)
         await desk.own(A, image)
         seq = desk.core.cluster.seq
-        for op, fields in [
+        wrong: list[tuple[str, Header]] = [
             ("activate", {"ranges": [[0, 10]]}),
             ("activate", {"ranges": [[1, 0]]}),
             ("activate", {"ranges": 7}),
@@ -306,7 +306,8 @@ def test_fields_of_the_wrong_shape_change_nothing() -> None:
             ("mark", {"marks": {"a": 1}}),
             ("sync.begin", {"ranges": [[0, 1]]}),
             ("job.end", {"number": 1, "state": "tired"}),
-        ]:
+        ]
+        for op, fields in wrong:
             with pytest.raises(RemoteProtocolError):
                 await desk.coordinate(A, op, image, **fields)
         with pytest.raises(RemoteProtocolError):

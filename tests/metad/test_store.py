@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.metad.desk import state
 from ukai.errors import DiskError, NoSpace, Refused, UkaiError
 from ukai.metad.core import Entry
 from ukai.metad.store import Store, connect
@@ -31,14 +32,6 @@ def opened(root: Path, **kwargs: Any) -> Iterator[tuple[Store, Cluster]]:
         yield store, store.open(new_uuid)
     finally:
         store.close()
-
-
-def state(cluster: Cluster) -> dict[str, Any]:
-    """Everything, in an order that does not depend on the way that led there."""
-    found = cluster.snapshot()
-    for key, name in (("images", "uuid"), ("nodes", "address"), ("jobs", "uuid")):
-        found[key].sort(key=lambda row: row[name])
-    return found
 
 
 def image(uuid: str) -> list[Change]:
