@@ -172,7 +172,12 @@ def _tree(cls: type[UkaiError]) -> dict[str, type[UkaiError]]:
 BY_CODE = _tree(UkaiError)
 
 
+def one_line(text: str) -> str:
+    """``text`` without line ends and what else can't be printed."""
+    return text if text.isprintable() else " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def from_wire(code: object, message: object) -> UkaiError:
-    """Build the error a peer reported; an unknown code becomes the root class."""
+    """Build the error a peer reported, its message in one line; an unknown code becomes the root class."""
     cls = BY_CODE.get(code, UkaiError) if isinstance(code, str) else UkaiError
-    return cls(str(message))
+    return cls(one_line(message) if isinstance(message, str) else "no reason was given")

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import msgpack
 
-from ukai.errors import RemoteProtocolError, UkaiError, VersionError, from_wire
+from ukai.errors import RemoteProtocolError, UkaiError, VersionError, from_wire, one_line
 
 VERSION = 1
 
@@ -40,7 +40,7 @@ def unpack(frame: bytes | memoryview, limit: int = HEADER_LIMIT_BYTES) -> Header
     """
     if len(frame) > limit:
         raise RemoteProtocolError(f"header of {len(frame)} bytes is over the limit of {limit}")
-    elements = max(COLLECTION_LIMIT, limit // 8)
+    elements = min(len(frame), max(COLLECTION_LIMIT, limit // 8))
     try:
         header = msgpack.unpackb(
             frame,
@@ -48,14 +48,21 @@ def unpack(frame: bytes | memoryview, limit: int = HEADER_LIMIT_BYTES) -> Header
             max_map_len=elements,
             max_ext_len=0,
         )
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError, OverflowError) as e:
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError, OverflowError, MemoryError) as e:
         raise RemoteProtocolError(f"header is not valid msgpack: {type(e).__name__}") from None
-    if type(header) is not dict:
-        raise RemoteProtocolError("header is not a map")
+    if type(header) is not dict or any(type(key) is not str for key in header):
+        raise RemoteProtocolError("header is not a map with text keys")
     version = header.get("v")
-    if version != VERSION:
-        raise VersionError(f"protocol version {version!r} is not {VERSION}; run the same release on all nodes")
+    if type(version) is not int or version != VERSION:
+        raise VersionError(f"protocol version {show(version)} is not {VERSION}; run the same release on all nodes")
     return header
+
+
+def show(value: object) -> str:
+    """A peer's value in few characters; what is in a list or map is not looked at, since it may be deep."""
+    if isinstance(value, list | tuple | dict):
+        return f"a {'map' if isinstance(value, dict) else 'list'} of {len(value)}"
+    return repr(value[:50] if isinstance(value, str | bytes) else value)[:60]
 
 
 def error_reply(error: BaseException) -> Header:
@@ -65,7 +72,7 @@ def error_reply(error: BaseException) -> Header:
         if error.details:
             reply["details"] = error.details
         return reply
-    return {"err": "failed", "msg": f"internal error: {type(error).__name__}: {error}"}
+    return {"err": "failed", "msg": one_line(f"internal error: {type(error).__name__}: {error}")}
 
 
 def raise_error(reply: Header) -> None:
@@ -81,7 +88,7 @@ def integer(header: Header, name: str, low: int = 0, high: int = 2**63 - 1, defa
     """The whole number ``name`` of a peer's message.  Raises RemoteProtocolError."""
     value = header.get(name, default)
     if type(value) is not int or not low <= value <= high:
-        raise RemoteProtocolError(f"field {name}: a whole number from {low} to {high} is wanted, not {value!r:.50}")
+        raise RemoteProtocolError(f"field {name}: a whole number from {low} to {high} is wanted, not {show(value)}")
     return value
 
 
@@ -89,7 +96,7 @@ def text(header: Header, name: str, limit: int = 4096, default: str | None = Non
     """The text ``name`` of a peer's message.  Raises RemoteProtocolError."""
     value = header.get(name, default)
     if type(value) is not str or len(value) > limit:
-        raise RemoteProtocolError(f"field {name}: a text of at most {limit} characters is wanted, not {value!r:.50}")
+        raise RemoteProtocolError(f"field {name}: a text of at most {limit} characters is wanted, not {show(value)}")
     return value
 
 
@@ -97,7 +104,7 @@ def flag(header: Header, name: str) -> bool:
     """The truth value ``name``, false when absent.  Raises RemoteProtocolError."""
     value = header.get(name, False)
     if type(value) is not bool:
-        raise RemoteProtocolError(f"field {name}: true or false is wanted, not {value!r:.50}")
+        raise RemoteProtocolError(f"field {name}: true or false is wanted, not {show(value)}")
     return value
 
 
@@ -105,7 +112,7 @@ def texts(header: Header, name: str, limit: int = 10_000) -> list[str]:
     """The list of texts ``name``, empty when absent.  Raises RemoteProtocolError."""
     value = header.get(name, [])
     if type(value) is not list or len(value) > limit or any(type(v) is not str for v in value):
-        raise RemoteProtocolError(f"field {name}: a list of texts is wanted, not {value!r:.50}")
+        raise RemoteProtocolError(f"field {name}: a list of texts is wanted, not {show(value)}")
     return value
 
 
@@ -117,7 +124,7 @@ def ranges(header: Header, name: str, high: int = 2**63 - 1) -> Ranges:
     out: Ranges = []
     for item in value:
         if type(item) is not list or len(item) != 2 or type(item[0]) is not int or type(item[1]) is not int:
-            raise RemoteProtocolError(f"field {name}: a range is [first, last], not {item!r:.50}")
+            raise RemoteProtocolError(f"field {name}: a range is [first, last], not {show(item)}")
         if not 0 <= item[0] <= item[1] <= high:
             raise RemoteProtocolError(f"field {name}: range {item} is out of order or out of bounds")
         out.append((item[0], item[1]))
