@@ -17,7 +17,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from demo_nodes import ADDRESSES, DemoError, Node, Nodes, until
 
@@ -25,6 +25,10 @@ IMAGE = "demo"
 FILES = 40
 FILE_BYTES = 512 * 1024
 IN_SYNC = 0
+FIO = (
+    "fio --name=verify --thread --size=128M --bs=64k --rw=randwrite --direct=1 --ioengine=libaio --iodepth=4 "
+    "--verify=crc32c --verify_fatal=1 --rate=,16m --fsync=64 --minimal"
+)
 
 
 class Interrupted(Exception):
@@ -70,10 +74,16 @@ class Writer(threading.Thread):
         except OSError as e:
             self._error = e
 
-    def finish(self) -> None:
-        """End it.  Raises DemoError when it met an error or a record is missing."""
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._end.set()
         self.join()
+
+    def check(self) -> None:
+        """Raise DemoError when it met an error or a record is missing."""
         if self._error is not None:
             raise DemoError(f"the writer met an error after {self.records} records: {self._error}")
         check_records(self.path, self.records)
@@ -169,11 +179,13 @@ def story(nodes: Nodes) -> None:
 
     say("The blockd of node 2 is killed while fio writes and verifies")
     fio = subprocess.Popen(
-        ["fio", "--name=verify", f"--directory={guest}", "--size=128M", "--bs=64k", "--rw=randwrite", "--direct=1",
-         "--ioengine=libaio", "--iodepth=4", "--verify=crc32c", "--verify_fatal=1", "--rate=,16m", "--fsync=64",
-         "--minimal", f"--aux-path={nodes.root}"],
-        env=PATHS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        [*FIO.split(), f"--directory={guest}", f"--aux-path={nodes.root}"],
+        env=PATHS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         work = guest / "verify.0.0"
         until(lambda: work.exists() and work.stat().st_size and fio.poll() is None, "fio writing", 15)
@@ -201,17 +213,16 @@ def story(nodes: Nodes) -> None:
     nodes.ctl("image", "show", IMAGE)
 
     say("A guest starts to append records, each with fsync; node 2 is brought up to date under it")
-    writer = Writer(guest / "records")
-    writer.start()
-    nodes.ctl("sync", "start", IMAGE, "--wait")
+    with Writer(guest / "records") as writer:
+        nodes.ctl("sync", "start", IMAGE, "--wait")
 
-    say("The disk moves while it is in use: a copy for node 3, then the one of node 1 goes")
-    nodes.ctl("location", "add", IMAGE, three.address)
-    nodes.ctl("sync", "start", IMAGE, "--wait")
-    nodes.ctl("location", "remove", IMAGE, one.address)
-    before = writer.records
-    until(lambda: writer.records > before + 20 or not writer.is_alive(), "the guest writing on", 20)
-    writer.finish()
+        say("The disk moves while it is in use: a copy for node 3, then the one of node 1 goes")
+        nodes.ctl("location", "add", IMAGE, three.address)
+        nodes.ctl("sync", "start", IMAGE, "--wait")
+        nodes.ctl("location", "remove", IMAGE, one.address)
+        before = writer.records
+        until(lambda: writer.records > before + 20 or not writer.is_alive(), "the guest writing on", 20)
+    writer.check()
     print(f"the guest wrote {writer.records} records, each acknowledged; the longest took {writer.longest_s:.2f} s")
     nodes.ctl("image", "show", IMAGE)
 

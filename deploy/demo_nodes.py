@@ -5,6 +5,7 @@ They live in a temporary directory and on UKAI's own ports; ``stop`` takes all o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ ADDRESSES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 PROGRAMS = ("metad", "blockd", "frontend")
 POLL_S = 0.1
 STOP_S = 25.0
+AGAIN_S = 3.0
+UNMOUNT_S = 5.0
 TAIL_LINES = 12
 FUSE_CONNECTIONS = Path("/sys/fs/fuse/connections")
 
@@ -54,6 +58,10 @@ def mounted_under(where: Path) -> list[tuple[Path, str]]:
         if Path(fields[4]).is_relative_to(where):
             found.append((Path(fields[4]), fields[2]))
     return found[::-1]
+
+
+def _unmount(where: Path, *options: str) -> bool:
+    return subprocess.run(["umount", *options, where], capture_output=True, check=False).returncode == 0
 
 
 class Node:
@@ -196,24 +204,27 @@ class Nodes:
         left: list[str] = []
         for where, _ in mounted_under(self.root):
             if where not in [node.mount for node in self.nodes]:
-                subprocess.run(["umount", where], capture_output=True, check=False)
+                with contextlib.suppress(DemoError):  # told below: it is still mounted
+                    until(partial(_unmount, where), f"{where} unmounted", UNMOUNT_S)
         running = [node.supervisord for node in self.nodes if node.supervisord is not None]
-        family = [p for s in running if s.poll() is None for p in psutil.Process(s.pid).children(recursive=True)]
+        family: list[psutil.Process] = []
         for supervisord in running:
-            if supervisord.poll() is None:
-                supervisord.terminate()
+            supervisord.terminate()
         deadline = time.monotonic() + STOP_S
-        for supervisord in running:
-            try:
-                supervisord.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                left.append(f"supervisord {supervisord.pid} did not end within {STOP_S:g} s")
+        while any(s.poll() is None for s in running) and time.monotonic() < deadline:
+            psutil.wait_procs([psutil.Process(s.pid) for s in running if s.poll() is None], timeout=AGAIN_S)
+            family = [p for s in running if s.poll() is None for p in psutil.Process(s.pid).children(recursive=True)]
+            for process in family:
+                # A signal that reached it between supervisord's fork and exec was lost there.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        left += [f"supervisord {s.pid} did not end within {STOP_S:g} s" for s in running if s.poll() is None]
         for where, device in mounted_under(self.root):
             left.append(f"still mounted: {where}")
             abort = FUSE_CONNECTIONS / device.partition(":")[2] / "abort"
             if abort.exists():  # whoever waits in a mount that hangs gets an error, and can be ended
                 abort.write_text("1")
-            subprocess.run(["umount", "-l", where], capture_output=True, check=False)
+            _unmount(where, "-l")
         for process in psutil.process_iter():
             try:
                 ours = process.environ().get("UKAI_RUN_DIR", "").startswith(str(self.root))
