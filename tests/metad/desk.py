@@ -76,6 +76,8 @@ class Desk:
 
     async def do(self, op: str, **fields: Any) -> Header:
         """One request, as the server runs it."""
+        if "node" in fields:
+            fields.setdefault("n", next(self._numbers))
         reply = ops.begin(self.core, op, fields)
         return reply if isinstance(reply, dict) else await reply
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -50,6 +51,7 @@ class Node:
         self.answers: dict[str, Header] = {}
         self.calls: list[tuple[str, Header]] = []
         self.link = Requester(context, config.control_endpoint, prefix=[b""], on_request=self._asked)
+        self._numbers = itertools.count(1)
         self._interval_s = config.beat_interval / 2
         self._beating: asyncio.Task[None] | None = None
 
@@ -60,7 +62,8 @@ class Node:
             self.link.send({**answer, "re": header["id"]})
 
     async def ask(self, op: str, **fields: Any) -> Header:
-        reply, _ = await self.link.call(op, {"node": self.address, "inc": self.inc, **fields}, 5.0)
+        named = {"node": self.address, "inc": self.inc, "n": next(self._numbers)}
+        reply, _ = await self.link.call(op, {**named, **fields}, 5.0)
         return reply
 
     async def register(self, **fields: Any) -> Header:
@@ -383,7 +386,7 @@ def test_whatever_arrives_metad_lives_and_nothing_changes(tmp_path: Path) -> Non
         raw = bench.context.socket(zmq.DEALER)
         raw.linger = 0
         raw.connect(bench.config.control_endpoint)
-        good = messages.pack({"op": "mark", "id": 1, "node": A, "inc": a.inc, "image": uuid, "epoch": 0, "marks": []})
+        good = messages.pack({"op": "mark", "id": 1, "node": A, "inc": a.inc, "image": uuid, "epoch": 0, "n": 999, "marks": []})
         values: list[Any] = [None, -1, 2**63, 1.5, "", "x" * 10, b"\xff", [], [[1]], {}, {"a": 1}, True, [[2, 1]]]
         fields = ("node", "inc", "image", "epoch", "ranges", "marks", "name", "size", "locations", "images", "roles")
         try:
