@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import posixpath
+import re
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +20,9 @@ from ukai.errors import UsageError
 
 DEFAULT_PATH = "/etc/ukai/ukai.toml"
 IPC_PATH_LIMIT_BYTES = 107
+BLOCKNAME = re.compile(r"(?:[^%/\0]|%%)*%(?:0\d{1,3}|[1-9]\d{0,2})?[diuoxX](?:[^%/\0]|%%)*")
+"""One number, as wide as it needs; whatever else would not name each block apart, or not name a file."""
+NAME_LIMIT_BYTES = 200
 
 
 def _key(default: Any, doc: str, *, low: float | None = None, high: float | None = None, among: str = "") -> Any:
@@ -94,13 +99,13 @@ def load(path: str | None = None, env: dict[str, str] | None = None) -> Config:
     source = Path(named or DEFAULT_PATH)
     values: dict[str, Any] = {}
     faults: list[str] = []
-    if source.exists() or named:
-        try:
+    try:
+        if named or source.exists():
             values = tomllib.loads(source.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise UsageError(f"cannot read the settings {source}: {e.strerror}; name a file with --config") from e
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise UsageError(f"{source} is not valid TOML: {e}") from e
+    except OSError as e:
+        raise UsageError(f"cannot read the settings {source}: {e.strerror}; name a file with --config") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UsageError(f"{source} is not valid TOML: {e}") from e
     for name in KEYS:
         if (text := env.get("UKAI_" + name.upper())) is not None:
             values[name] = text
@@ -130,14 +135,16 @@ def _convert(name: str, value: Any) -> Any:
         raise ValueError("a number or a text is wanted, not true or false")
     if kind is str:
         if not isinstance(value, str):
-            raise ValueError(f"a text in quotes is wanted, not {value!r}")
+            raise ValueError(f"a text in quotes is wanted, not {value!r:.80}")
+        if not value.isprintable():
+            raise ValueError(f"{value!r:.80} has characters that can't be printed")
         if meta["among"] and value not in meta["among"]:
             raise ValueError(f"{value!r} is none of {', '.join(meta['among'])}")
         return value
     try:
         number = kind(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"a number is wanted, not {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"a number is wanted, not {value!r:.80}") from None
     if isinstance(value, float) and kind is int and value != number:
         raise ValueError(f"a whole number is wanted, not {value!r}")
     if not meta["low"] <= number <= meta["high"]:
@@ -150,12 +157,14 @@ def _contradictions(c: Config) -> list[str]:
     for name in ("metadata_root", "data_root", "run_dir", "mount_point"):
         if not getattr(c, name).startswith("/"):
             faults.append(f"{name}: an absolute path is wanted, not {getattr(c, name)!r}")
-    try:
-        names = {c.blockname_format % index for index in (0, 1, 10, 999)}
-        if len(names) != 4 or any("/" in n or n.startswith(".") or not n for n in names):
-            raise ValueError
-    except (TypeError, ValueError):
-        faults.append(f"blockname_format: {c.blockname_format!r} must name each block apart, such as %016d")
+    form = c.blockname_format
+    if not BLOCKNAME.fullmatch(form) or form.startswith(".") or len((form % 0).encode()) > NAME_LIMIT_BYTES:
+        faults.append(f"blockname_format: {form!r:.80} must name each block apart, such as %016d")
+    mount_point, *roots = (posixpath.normpath(p) for p in (c.mount_point, c.data_root, c.metadata_root, c.run_dir))
+    if roots[0] == roots[1]:
+        faults.append("data_root and metadata_root must not be the same")
+    if any(posixpath.commonpath((mount_point, root)) == mount_point for root in roots if root[:1] == mount_point[:1]):
+        faults.append(f"data_root, metadata_root and run_dir must not lie under the mount point {c.mount_point}")
     for name in ("metad_address", "node_address"):
         value = getattr(c, name)
         if value or name == "metad_address":
