@@ -31,7 +31,8 @@ class FakeNode:
     """Images by name; ``faults`` say what to do with the next requests of an operation.
 
     A fault is "hold" (not answered, not done, until ``release``), "late" (done, answered at ``release``), "lose"
-    (done, never answered), "drop" (neither), or an error that is the answer.
+    (done, never answered), "drop" (neither), an error that is the answer, or frames that are.  In these the number of
+    the request takes the place of "ID".
     """
 
     def __init__(self, run_dir: Path, control_port: int, publish_port: int) -> None:
@@ -40,7 +41,7 @@ class FakeNode:
         self.cluster = Cluster(cluster_id="fake", seq=1)
         self.data: dict[str, bytearray] = {}
         self.allocated: dict[str, int] = {}
-        self.faults: dict[str, list[str | UkaiError]] = defaultdict(list)
+        self.faults: dict[str, list[str | UkaiError | list[Any]]] = defaultdict(list)
         self.held: list[tuple[bytes, Header, bytes, bool]] = []
         self.seen: list[Header] = []
         self.record = True
@@ -167,6 +168,8 @@ class FakeNode:
             fault = self.faults[op].pop(0) if self.faults.get(op) else ""
             if isinstance(fault, UkaiError):
                 self._answer(frames[0], header, messages.error_reply(fault), b"")
+            elif isinstance(fault, list):
+                socket.send_multipart([frames[0], *(_numbered(f, header["id"]) for f in fault)])
             elif fault == "hold":
                 self.held.append((frames[0], header, payload, False))
             elif fault in ("late", "lose"):
@@ -234,6 +237,13 @@ class FakeNode:
         self.handles[header["h"]] = (name, epoch)
         image = self.cluster.by_name(name)
         return {"uuid": image.uuid, "size": image.size, "block_size": image.block_size, "epoch": epoch}
+
+
+def _numbered(frame: Any, number: int) -> bytes:
+    """A frame to send: bytes as they are, a map packed."""
+    if isinstance(frame, bytes):
+        return frame
+    return messages.pack({k: number if v == "ID" else v for k, v in frame.items()})
 
 
 def main() -> None:

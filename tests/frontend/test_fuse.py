@@ -255,6 +255,14 @@ def test_errors_reach_the_caller(stand: Stand, op: str, name: str) -> None:
             assert errno_of(work[op]) == 0
 
 
+def test_a_write_that_got_lost_on_the_way_holds_back_others_for_a_while_only(stand: Stand) -> None:
+    stand.expect_log("of disk failed")
+    with opened(stand.disk) as fd:
+        stand.node.faults["w"] = ["drop"]
+        assert errno_of(os.pwrite, fd, b"lost", 0) == errno.EIO
+        wait_for(lambda: errno_of(os.pwrite, fd, b"abc", 0) == 0, "writes to go on", 5 * IO_TIMEOUT_S)
+
+
 def test_errors_that_pass_are_not_seen(stand: Stand) -> None:
     with opened(stand.disk) as fd:
         stand.node.faults["w"] = [NotReady("soon"), Timeout("soon"), NotReady("soon")]
@@ -310,6 +318,57 @@ def test_a_write_that_may_still_be_done_holds_back_later_ones(stand: Stand) -> N
         stand.node.release()
         assert end() == 3
         assert os.pread(fd, 3, 0) == b"new"
+
+
+OK = {"re": "ID"}
+GARBAGE: dict[str, list[object]] = {
+    "nothing": [b""],
+    "random bytes": [bytes(range(256))],
+    "no map": [b"\x93\x01\x02\x03"],
+    "another version": [b"\x81\xa1v\x63"],
+    "another request": [{"re": 10**9}],
+    "no number": [{"x": 1}],
+    "a number of another kind": [{"re": "x"}],
+    "no payload": [OK],
+    "a short payload": [OK, b"x"],
+    "a long payload": [OK, bytes(4097)],
+    "a huge payload": [OK, bytes(2**22)],
+    "two payloads": [OK, bytes(4096), bytes(4096)],
+    "an error of another kind": [{"re": "ID", "err": 7, "msg": [1]}],
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_garbage_from_blockd_is_eio_and_no_more(stand: Stand, what: str) -> None:
+    stand.expect_log("read of disk failed")
+    with opened(stand.disk) as fd:
+        os.pwrite(fd, b"abc", 0)
+        stand.node.faults["r"] = [list(GARBAGE[what])]
+        assert errno_of(os.pread, fd, 4096, 0) == errno.EIO
+        assert os.pread(fd, 3, 0) == b"abc"
+        assert os.pwrite(fd, b"abc", 0) == 3
+
+
+def test_garbage_instead_of_the_answer_to_a_write(stand: Stand) -> None:
+    stand.expect_log("write of disk failed")
+    with opened(stand.disk) as fd:
+        stand.node.faults["w"] = [[b"garbage"]]
+        assert errno_of(os.pwrite, fd, b"abc", 0) == errno.EIO
+        assert os.pwrite(fd, b"abc", 0) == 3
+
+
+def test_garbage_for_the_beat(stand: Stand) -> None:
+    for answer in (
+        [b"garbage"],
+        [{"re": "ID", "inc": 5}],
+        [{"re": "ID", "inc": ""}],
+        [{"re": "ID", "known": 3}],
+        [b""],
+    ):
+        stand.node.faults["beat"].append(answer)
+    wait_for(lambda: not stand.node.faults["beat"], "the beats", 10)
+    with opened(stand.disk) as fd:
+        assert os.pwrite(fd, b"abc", 0) == 3
 
 
 # -- blockd goes and comes

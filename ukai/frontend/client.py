@@ -8,7 +8,7 @@ one; ``Watch`` knows.
 
 A write that got no reply within its time may yet be done, by a blockd that was frozen, say, and connections have no
 order among each other.  So further writes to that image wait until it is answered or its blockd is gone: else it
-could overwrite what was written later.
+could overwrite what was written later.  A blockd that answers all else for long enough has lost it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 IDLE_CHANNELS = 64
 CLOSE_WAIT_S = 2.0
+HOLD_TIMEOUTS = 3
+"""blockd answers each request within io_timeout of its arrival; what it has not answered after so many of them,
+while it was not silent, it never got."""
 
 _SNDMORE, _RCVMORE, _DONTWAIT = int(zmq.SNDMORE), int(zmq.RCVMORE), int(zmq.DONTWAIT)
 _CHANGES_DATA = ("w", "z")
@@ -44,13 +47,14 @@ class _Gone(Exception):
 class Channel:
     """One connected DEALER; belongs to one thread at a time."""
 
-    __slots__ = ("busy_bytes", "number", "socket")
+    __slots__ = ("busy_bytes", "held_until", "number", "socket")
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         self.socket = dealer(context, endpoint)
         self.number = 0
         self.busy_bytes = -1
         """Bytes of the request under way; −1: none."""
+        self.held_until = 0.0
 
 
 class Client:
@@ -129,7 +133,8 @@ class Client:
 
     @property
     def connected(self) -> bool:
-        return bool(self._inc)
+        """Whether an answer of blockd can be expected soon."""
+        return bool(self._inc) and not self._watch.silent
 
     def read(self, handle: Handle, offset: int, into: memoryview) -> None:
         """Fill ``into`` with what the image holds at ``offset``.  Raises UkaiError."""
@@ -232,7 +237,7 @@ class Client:
         channel.busy_bytes = size
         header["id"] = number
         socket = channel.socket
-        sent = answered = False
+        sent = received = answered = False
         try:
             data = messages.pack(header)
             while True:
@@ -250,6 +255,7 @@ class Client:
                     break
                 except zmq.Again:
                     self._look(inc, deadline, f"did not answer {header['op']}", Timeout)
+            received = True
             count = 0
             if socket.getsockopt(_RCVMORE):
                 count = socket.recv_into(into if into is not None else bytearray())
@@ -266,7 +272,7 @@ class Client:
             channel.busy_bytes = -1
             if answered and len(self._free) < IDLE_CHANNELS:
                 self._free.append(channel)
-            elif sent and not answered and uuid:
+            elif sent and not received and uuid:
                 self._hold(uuid, channel, inc)
             else:
                 self._drop(channel)
@@ -337,6 +343,7 @@ class Client:
     def _hold(self, uuid: str, channel: Channel, inc: str) -> None:
         with self._changed:
             if self._inc == inc and not self._closed:
+                channel.held_until = time.monotonic() + HOLD_TIMEOUTS * self._io_timeout_s
                 self._overdue.setdefault(uuid, []).append(channel)
                 return
         self._drop(channel)
@@ -381,13 +388,17 @@ class Client:
         """Let go what waits for an overdue write that has been answered meanwhile."""
         if not self._overdue:
             return
+        now = time.monotonic()
         with self._changed:
             for uuid, channels in list(self._overdue.items()):
                 for channel in list(channels):
+                    if self._watch.silent:
+                        channel.held_until = now + HOLD_TIMEOUTS * self._io_timeout_s
                     try:
                         channel.socket.recv_multipart(_DONTWAIT)
                     except zmq.Again:
-                        continue
+                        if now < channel.held_until:
+                            continue
                     channels.remove(channel)
                     self._drop(channel)
                 if not channels:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 KIND = "fuse.ukai"
 ANSWER_WAIT_S = 3.0
 CONNECTIONS = Path("/sys/fs/fuse/connections")
+FUSE_CONF = Path("/etc/fuse.conf")
 
 _MNT_DETACH = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -111,7 +112,7 @@ def allows_other() -> bool:
     if os.geteuid() == 0:
         return True
     try:
-        text = Path("/etc/fuse.conf").read_text(encoding="utf-8", errors="replace")
+        text = FUSE_CONF.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     return re.search(r"^\s*user_allow_other\s*$", text, re.MULTILINE) is not None

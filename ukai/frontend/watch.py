@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 SLICE_MS = 100
 """Nothing waits longer than this without a look around."""
 HELLO_INTERVAL_S = 0.2
+SILENT_QUESTIONS = 5
 QUESTIONS_LIMIT = 100
 SENT_MESSAGES = 1000
 
@@ -70,7 +72,10 @@ class Watch:
         self._context, self._endpoint = context, endpoint
         self._beat_interval_s, self._owner = beat_interval_s, owner
         self._inc = ""
-        self._doubt = self._stop = self._silent = False
+        self._doubt = self._stop = False
+        self._unanswered = 0
+        self.silent = False
+        """blockd has not answered for a while."""
         self._numbers = itertools.count(1)
         self._questions: dict[int, tuple[Header, list[Handle]]] = {}
         self._complaint = ""
@@ -90,14 +95,14 @@ class Watch:
 
     def _run(self) -> None:
         socket = dealer(self._context, self._endpoint)
-        answered, asked_at = True, -self._beat_interval_s
+        answered, asked_at = True, time.monotonic() - self._beat_interval_s
         try:
             while not self._stop:
                 self._owner.look_around()
                 quick = not answered or self._doubt or not self._inc
                 wait_s = asked_at + (HELLO_INTERVAL_S if quick else self._beat_interval_s) - time.monotonic()
                 if wait_s <= 0:
-                    self._notice(answered)
+                    self._notice(0 if answered else self._unanswered + 1)
                     asked_at, self._doubt = time.monotonic(), False
                     self._ask(socket, answered)
                     answered = False
@@ -107,16 +112,21 @@ class Watch:
                     frames = socket.recv_multipart()
                 except zmq.Again:
                     continue
-                answered = self._take(frames) or answered
+                if self._take(frames):
+                    answered = True
+                    self._notice(0)
         except BaseException:
-            log.critical("the thread that watches blockd failed", exc_info=True)
+            log.critical("the thread that watches blockd failed; the process ends to be started anew", exc_info=True)
+            os._exit(70)
         finally:
             socket.close(0)
 
-    def _notice(self, answered: bool) -> None:
-        if answered == self._silent:
-            self._silent = not answered
-            log.info("blockd answers" if answered else "blockd does not answer; requests wait for it")
+    def _notice(self, unanswered: int) -> None:
+        self._unanswered = unanswered
+        silent = unanswered >= SILENT_QUESTIONS
+        if silent != self.silent:
+            self.silent = silent
+            log.info("blockd does not answer; requests wait for it" if silent else "blockd answers again")
 
     def _ask(self, socket: zmq.Socket[bytes], answered: bool) -> None:
         handles: list[Handle] = []
@@ -154,6 +164,9 @@ class Watch:
             inc = messages.text(reply, "inc", 200)
             if not inc:
                 raise RemoteProtocolError("blockd has no name for itself")
+            known = reply.get("known", [])
+            if type(known) is not list or any(type(n) is not int for n in known):
+                raise RemoteProtocolError("field known: a list of numbers is wanted")
         except KeyError:
             return False
         except RemoteProtocolError as e:
@@ -166,9 +179,9 @@ class Watch:
             self._questions.clear()
             self._owner.arrived(inc)
         elif header["op"] == "beat":
-            known = set(reply.get("known") or ())
+            open_there = set(known)
             for handle in handles:
-                if handle.number not in known and handle.at == inc:
+                if handle.number not in open_there and handle.at == inc:
                     handle.at = ""
         return True
 
