@@ -6,6 +6,7 @@ sleeps for a guess: every wait is for a condition and has a deadline.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -280,6 +281,8 @@ class Cluster:
         """Stop all and clean up; returns one line for each thing that did not end or was left behind."""
         faults: list[str] = []
         for name in reversed(PROCESSES):
+            if name == "blockd":
+                self._await_release()
             mine = [p for p in self.processes.values() if p.name == name and p.popen is not None]
             for process in mine:
                 if process.alive:
@@ -304,6 +307,18 @@ class Cluster:
         self.ports.close()
         shutil.rmtree(self.run_root, ignore_errors=True)
         return faults
+
+    def _await_release(self) -> None:
+        """Let the writers flush and release while their replicas still live: no frontend is left to want the role."""
+        if not all(p.alive and not p.stopped for p in self.processes.values() if p.name != "frontend"):
+            return
+
+        def released() -> bool:
+            reply = self.try_ask("image.list")
+            return reply is not None and not any(image["writer"] for image in reply.get("images", []))
+
+        with contextlib.suppress(AssertionError):  # what it leads to is in the logs
+            wait_for(released, "no image with a writer", END_S)
 
     # -- asking
 

@@ -18,7 +18,8 @@ from tests import machine
 GRACE_S = 3.0
 
 
-def _held() -> set[str]:
+def _held(paths: pytest.TempPathFactory) -> set[str]:
+    ours = str(paths.getbasetemp())  # others on this machine may mount meanwhile
     held = {f"thread {thread.name}" for thread in threading.enumerate()}
     held |= {f"process {child.pid}" for child in psutil.Process().children(recursive=True)}
     for fd in Path("/proc/self/fd").iterdir():
@@ -28,16 +29,16 @@ def _held() -> set[str]:
             continue
         if target.startswith("socket:"):
             held.add(target)
-    held |= {f"mount {mount.where}" for mount in machine.mounts()}
-    held |= {f"loop device {device} on {backing}" for device, backing in machine.loop_devices().items()}
+    held |= {f"mount {mount.where}" for mount in machine.mounts() if mount.where.is_relative_to(ours)}
+    held |= {f"loop device {device} on {file}" for device, file in machine.loop_devices().items() if ours in file}
     return held
 
 
-def _check(before: set[str]) -> None:
+def _check(before: set[str], paths: pytest.TempPathFactory) -> None:
     try:
-        machine.wait_for(lambda: not _mine(_held() - before), "the end of what a test began", GRACE_S)
+        machine.wait_for(lambda: not _held(paths) - before, "the end of what a test began", GRACE_S)
     except AssertionError:
-        left = sorted(_mine(_held() - before))
+        left = sorted(_held(paths) - before)
     else:
         return
     pytest.fail("left behind: " + ", ".join(map(_described, left)), pytrace=False)
@@ -53,20 +54,15 @@ def _described(what: str) -> str:
         return what
 
 
-def _mine(held: set[str]) -> set[str]:
-    """Without what others on this machine mount meanwhile: only what lies under our own temporary directories."""
-    return {h for h in held if not h.startswith(("mount ", "loop device ")) or "pytest-" in h}
-
-
 @pytest.fixture(autouse=True)
-def _no_leaks() -> Iterator[None]:
-    before = _held()
+def _no_leaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = _held(tmp_path_factory)
     yield
-    _check(before)
+    _check(before, tmp_path_factory)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _no_leaks_at_the_end() -> Iterator[None]:
-    before = _held()
+def _no_leaks_at_the_end(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = _held(tmp_path_factory)
     yield
-    _check(before)
+    _check(before, tmp_path_factory)
