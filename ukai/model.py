@@ -65,7 +65,7 @@ class Image:
     lost: dict[str, int] = field(default_factory=dict)
     """node → the epoch at which it lost the writer role to another: its handles opened below are stale (R2)."""
     former: str = ""
-    """The last writer, where its process ended without a release: its handles may still be open (R2)."""
+    """The last one that wrote, where no other has written since: its handles may still be open (R2)."""
     replication: str = "sync"
     checksum: bool = False
     locations: dict[str, RangeMap[Replica]] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from ukai.errors import (
 )
 from ukai.messages import Header
 from ukai.metad import jobs
+from ukai.model import Image
 
 
 def test_first_write_takes_the_role_and_activates() -> None:
@@ -330,6 +331,74 @@ def test_a_writer_whose_process_ended_keeps_its_place_until_another_writes() -> 
         await desk.own(B, image)
         with pytest.raises(StaleHandle):
             await desk.grant(A, image, opened_epoch=1)
+
+    at_desk(scene)
+
+
+async def two(desk: Desk) -> Image:
+    """An image that A has written and B reads while A is out of reach."""
+    image = await desk.image(A, B)
+    await desk.own(A, image)
+    desk.answers[A, "release"] = Timeout("no answer")
+    desk.skew += 10
+    await desk.beat(B)
+    reply = await desk.grant(B, image, purpose="read")
+    numbered = {"node": B, "inc": f"{B}-1", "image": image.uuid, "epoch": reply["epoch"]}
+    await desk.do("grant.commit", fenced=[A, B], **numbered)
+    desk.answers[A, "release"] = {"handles": 1, "clean": True}
+    desk.answers[B, "release"] = {"handles": 1, "clean": True}
+    await desk.beat(A, opens={image.uuid: 1})
+    return desk.core.image(image.uuid)
+
+
+def test_a_role_taken_only_to_read_costs_the_writer_nothing() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await two(desk)
+        assert (image.writer, image.former, image.lost) == (B, A, {})
+        with pytest.raises(Busy):
+            await desk.grant(A, image, purpose="read")
+        await desk.own(A, image, opened_epoch=0)
+        image = desk.core.image(image.uuid)
+        assert (image.writer, image.former, image.lost) == (A, "", {})
+
+    at_desk(scene)
+
+
+@pytest.mark.parametrize("how", ["grant", "activate"])
+def test_who_reads_and_then_writes_makes_the_former_writers_handles_stale(how: str) -> None:
+    async def scene(desk: Desk) -> None:
+        image = await two(desk)
+        if how == "grant":
+            await desk.own(B, image)
+        else:
+            await desk.coordinate(B, "activate", image, ranges=[[0, 0]])
+        with pytest.raises(StaleHandle):
+            await desk.grant(A, image, opened_epoch=1)
+        epoch = desk.core.image(image.uuid).epoch
+        await desk.own(A, image, opened_epoch=epoch)
+        with pytest.raises(StaleHandle):
+            await desk.grant(B, image, opened_epoch=epoch)
+
+    at_desk(scene)
+
+
+def test_a_writer_that_released_with_open_handles_is_remembered() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        await desk.beat(A, opens={image.uuid: 1})
+        for node in (A, B):
+            desk.core.sessions[node].since -= 100  # these processes are not young
+        await desk.coordinate(A, "release", image)
+        await desk.own(A, image, opened_epoch=1)
+        await desk.coordinate(A, "release", image)
+        await desk.own(B, image, opened_epoch=1)
+        with pytest.raises(StaleHandle):
+            await desk.grant(A, image, opened_epoch=1)
+        await desk.coordinate(B, "release", image)
+        await desk.beat(B, opens={})
+        await desk.own(A, image, opened_epoch=desk.core.image(image.uuid).epoch)
+        assert B not in desk.core.image(image.uuid).lost
 
     at_desk(scene)
 

@@ -386,7 +386,9 @@ def test_whatever_arrives_metad_lives_and_nothing_changes(tmp_path: Path) -> Non
         raw = bench.context.socket(zmq.DEALER)
         raw.linger = 0
         raw.connect(bench.config.control_endpoint)
-        good = messages.pack({"op": "mark", "id": 1, "node": A, "inc": a.inc, "image": uuid, "epoch": 0, "n": 999, "marks": []})
+        good = messages.pack(
+            {"op": "mark", "id": 1, "node": A, "inc": a.inc, "image": uuid, "epoch": 0, "n": 999, "marks": []}
+        )
         values: list[Any] = [None, -1, 2**63, 1.5, "", "x" * 10, b"\xff", [], [[1]], {}, {"a": 1}, True, [[2, 1]]]
         fields = ("node", "inc", "image", "epoch", "ranges", "marks", "name", "size", "locations", "images", "roles")
         try:

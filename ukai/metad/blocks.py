@@ -9,7 +9,7 @@ from ukai.errors import Refused, RemoteProtocolError
 from ukai.messages import Header
 from ukai.metad import replicas
 from ukai.metad.core import Core
-from ukai.metad.roles import owned
+from ukai.metad.roles import lose_former, owned
 from ukai.model import Change, Image
 
 ACTIVE_FACTOR = 16
@@ -29,6 +29,8 @@ def activate(core: Core, fields: Header) -> Header:
     limit = ACTIVE_FACTOR * core.config.active_limit
     if image.active.total() + sum(b - a + 1 for a, b in ranges) > limit:
         raise Refused(f"more than {limit} active blocks of image {image.name}; retire some first")
+    if image.former not in ("", node):
+        lose_former(core, image, node, image.epoch)  # the role was taken to read or to sync, and now it writes
     generation = core.cluster.seq + 1
     changes: list[Change] = [{"t": "active", "uuid": image.uuid, "add": [list(r) for r in ranges]}]
     changes += replicas.changes(image, replicas.activated(image, ranges, generation))

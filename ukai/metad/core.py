@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ukai import messages
 from ukai.config import Config
-from ukai.errors import Behind, NotFound, NotReady, UkaiError, Unreachable, UsageError
+from ukai.errors import Behind, NotFound, NotReady, StaleSession, UkaiError, Unreachable, UsageError
 from ukai.messages import Header
 from ukai.metad.adoption import HandMade
 from ukai.model import Change, Cluster, Image
@@ -79,6 +79,8 @@ class Session:
     """Wall time at which it came up."""
     last_wall: float
     saved_seq: int = 0
+    number: int = 0
+    """Of the last request that altered something: a late or repeated one is refused."""
     roles: dict[str, int] = field(default_factory=dict)
     opens: dict[str, int] = field(default_factory=dict)
     down: list[tuple[str, float, str]] = field(default_factory=list)
@@ -204,6 +206,15 @@ class Core:
         if session.serial > self.cluster.nodes[session.node].serial:
             change: Change = {"t": "node", "address": session.node, "serial": session.serial}
             self.commit([change], "registration confirmed")
+        return session
+
+    def numbered(self, fields: Header) -> Session:
+        """The session of a request that alters something, taken once and in order.  Raises NotReady, StaleSession."""
+        session = self.session(fields)
+        number = messages.integer(fields, "n", low=1)
+        if number <= session.number:
+            raise StaleSession(f"request {number} of node {session.node} came after {session.number}; send it anew")
+        session.number = number
         return session
 
     def check_current(self) -> None:

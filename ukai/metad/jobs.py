@@ -130,6 +130,8 @@ def attend(core: Core, uuid: str) -> None:
     if pending is not None and roles.undecided(core, pending):
         return  # somebody is about to have it
     candidates = [n for n in coordinators(image) if core.up(n)]
+    if image.former in candidates:
+        candidates = [image.former]  # its guest is likely to go on
     if not candidates:
         holders = ", ".join(coordinators(image)) or "nobody"
         core.sync_reason[uuid] = f"no node with in-sync blocks can be reached (needed: {holders})"

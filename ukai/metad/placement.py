@@ -129,7 +129,7 @@ async def _displace_within(core: Core, uuid: str, node: str, timeout_s: float) -
     """Take the role from the present writer.  Raises Unreachable when that takes longer than the asker waits."""
     image = core.image(uuid)
     try:
-        await asyncio.wait_for(roles.displace(core, uuid, node), timeout_s)
+        await asyncio.wait_for(roles.displace(core, uuid, node, io=True), timeout_s)
     except TimeoutError:
         raise Unreachable(
             f"the writer {image.writer} of image {image.name} did not release it in time; try again with a longer "

@@ -200,7 +200,7 @@ def register(core: Core, fields: Header) -> Header:
     for image in cluster.images.values():
         changes += compare(image, report, same_process=same, rebooted=rebooted, distrusted=distrusted)
         if image.writer == node and not same:
-            changes.append({"t": "image", "uuid": image.uuid, "writer": "", "former": node})
+            changes.append({"t": "image", "uuid": image.uuid, "writer": "", "former": image.former or node})
     core.commit(changes, f"register {node}")
     core.sessions[node] = Session(
         node=node,
@@ -210,6 +210,7 @@ def register(core: Core, fields: Header) -> Header:
         since=core.ports.wall() if former is None or former.inc != report.inc else former.since,
         last_wall=core.ports.wall(),
         saved_seq=report.highest_seq,
+        number=former.number if former is not None and former.inc == report.inc else 0,
     )
     return {"serial": serial + 1, "cluster_id": cluster.cluster_id}
 

@@ -34,7 +34,7 @@ async def grant(core: Core, fields: Header) -> Header:
 
     Raises NotFound, Refused, Busy, StaleHandle, Unreachable.
     """
-    session = core.session(fields)
+    session = core.numbered(fields)
     core.check_current()
     node = session.node
     uuid = messages.text(fields, "image", 64)
@@ -51,11 +51,11 @@ async def grant(core: Core, fields: Header) -> Header:
         if image.writer not in ("", node):
             if not io and (purpose == "sync" or core.up(image.writer)):  # to read is no reason to stop a writer (R2)
                 raise Busy(f"image {image.name} is being written by {image.writer}")
-            await displace(core, uuid, node)
+            await displace(core, uuid, node, io=io)
             core.session(fields)
             _check_eligible(core.image(uuid), node, io, opened_epoch)
         elif io and image.former not in ("", node):
-            _lose_former(core, image, node)
+            lose_former(core, image, node, image.epoch + 1)
         image = core.image(uuid)
         if image.writer not in ("", node):
             raise Busy(f"image {image.name} is being written by {image.writer}")
@@ -99,21 +99,23 @@ def _has_in_sync(image: Image, node: str) -> bool:
     return any(r.status == IN_SYNC for _, _, r in image.locations.get(node, ()))
 
 
-def _lose_former(core: Core, image: Image, node: str) -> None:
-    """The last writer's process ended without a release; its handles may live on and must not write again (R2)."""
+def lose_former(core: Core, image: Image, node: str, epoch: int) -> None:
+    """``node`` begins to write in ``epoch``: handles of the last writer that may be open must not write again (R2)."""
     session = core.sessions.get(image.former)
     lost = dict(image.lost)
-    if session is None or not core.up(image.former) or session.opens.get(image.uuid, 0) > 0:
-        lost[image.former] = image.epoch + 1
+    # a process that has just begun may not have heard of its handles yet
+    fresh = session is None or core.ports.wall() - session.since < core.config.io_timeout
+    if session is None or fresh or not core.up(image.former) or session.opens.get(image.uuid, 0) > 0:
+        lost[image.former] = epoch
     change: Change = {"t": "image", "uuid": image.uuid, "lost": lost, "former": ""}
-    core.commit([change], f"grant to {node}, after {image.former}")
+    core.commit([change], f"{node} writes after {image.former}")
 
 
-async def displace(core: Core, uuid: str, node: str) -> None:
+async def displace(core: Core, uuid: str, node: str, *, io: bool) -> None:
     """Make the present writer stop: it is asked to drain and release, or waited out (R2, R3).
 
     On return the image has no writer.  Its active blocks are gone after a clean release, else they stay.
-    Raises Unreachable only if the writer's lease can't end.
+    ``io``: ``node`` is going to write, so handles of the one displaced, or of the last one that wrote, become stale.
     """
     image = core.image(uuid)
     writer, epoch = image.writer, image.epoch
@@ -130,11 +132,13 @@ async def displace(core: Core, uuid: str, node: str) -> None:
     handles = reply.get("handles", 1) if reply is not None else 1
     clean = reply is not None and reply.get("clean") is True
     lost = dict(image.lost)
-    if handles:
-        lost[writer] = image.epoch + 1
-    if image.former not in ("", node, writer):
-        lost[image.former] = image.epoch + 1
-    changes: list[Change] = [{"t": "image", "uuid": uuid, "writer": "", "lost": lost, "former": ""}]
+    # who took the role only to read or to sync has left the mark of the last one that wrote in its place
+    wrote = image.former in ("", writer)
+    last = (writer if handles else "") if wrote else image.former
+    if io and last not in ("", node):
+        lost[last] = image.epoch + 1
+    former = "" if io else last
+    changes: list[Change] = [{"t": "image", "uuid": uuid, "writer": "", "lost": lost, "former": former}]
     changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
     if clean and image.writer == writer and image.epoch == epoch and len(image.active):
         changes.append({"t": "active", "uuid": uuid, "del": [list(r) for r in image.active]})
@@ -167,7 +171,7 @@ def grant_commit(core: Core, fields: Header) -> Header:
     Raises StaleEpoch when the role was reserved anew meanwhile, Unreachable when a written block has no in-sync
     replica among them: the message names the nodes that are needed (R3).
     """
-    session = core.session(fields)
+    session = core.numbered(fields)
     core.check_current()
     node = session.node
     image = core.image(messages.text(fields, "image", 64))
@@ -203,7 +207,7 @@ def _settle(core: Core, uuid: str) -> None:
 
 def owned(core: Core, fields: Header) -> tuple[str, Image]:
     """The node and the image of a coordinator's request.  Raises StaleEpoch, NotCoordinator (R1)."""
-    session = core.session(fields)
+    session = core.numbered(fields)
     core.check_current()
     image = core.image(messages.text(fields, "image", 64))
     epoch = messages.integer(fields, "epoch")
@@ -215,9 +219,9 @@ def owned(core: Core, fields: Header) -> tuple[str, Image]:
 
 
 def release(core: Core, fields: Header) -> Header:
-    """The coordinator has flushed everything and gives the role back."""
+    """The coordinator has flushed everything and gives the role back; its handles may be open all the same."""
     node, image = owned(core, fields)
-    changes: list[Change] = [{"t": "image", "uuid": image.uuid, "writer": "", "former": ""}]
+    changes: list[Change] = [{"t": "image", "uuid": image.uuid, "writer": "", "former": image.former or node}]
     if len(image.active):
         changes.append({"t": "active", "uuid": image.uuid, "del": [list(r) for r in image.active]})
     changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))

@@ -317,7 +317,7 @@ class Server:
         waiting, self._durable = self._durable, None
         failure: UkaiError | None = None
         if self._spoiled:
-            failure = NotReady(self._problem()) if batch or waiting is not None else None
+            failure = NotReady(self._problem())
             self._recover()
         elif batch:
             failure = self._commit(batch)
@@ -339,6 +339,9 @@ class Server:
             failure = NotReady(self._problem())
             self._recover()
             return failure
+        if any(change["t"] == "image-drop" for _, _, _, change in batch):
+            for name in {image for _, image in self._metrics.ops} - self.core.cluster.names.keys() - {""}:
+                self._metrics.forget(name)
         packed = self._history.extend(batch)
         fields = {"op": "changes", "cluster_id": self.core.cluster.cluster_id, "inc": self.core.inc}
         for part in history.chunks(packed):
