@@ -131,6 +131,7 @@ class Guest:
             return False
         for register, value in zip(span, values, strict=True):
             register.write_ends(value, acknowledged)
+        world.note(f"{self.frontend.node} write {first}+{count} {values[0]}.. {'ok' if acknowledged else 'failed'}")
         world.count("acknowledged" if acknowledged else "failed")
         self._in_time(began, f"write {first}+{count}")
         return acknowledged
@@ -177,6 +178,7 @@ class Guest:
             self.world.count("failed flushes")
             return False
         self.world.count("flushes")
+        self.world.note("flushed")
         for register, values in covered:
             register.unflushed = (register.unflushed | register.possible) - (set() if register.pending else set())
             register.unflushed = set(register.possible) | values

@@ -288,7 +288,7 @@ class Scenario:
                     continue
                 found = {n: _block(world.disks[n], image.name, block) for n in good}
                 if len(set(found.values())) > 1:
-                    world.violation(f"block {block} is not active and differs between {good}")
+                    world.violation(f"block {block} is not active and differs between {good}: {_differences(found)}")
 
     async def _heal(self) -> None:
         world = self.world
@@ -357,6 +357,16 @@ def world_time() -> float:
 def _block(disk: SimDisk, image: str, block: int) -> bytes:
     inode = disk.names_now.get(f"/data/{image}/{block:016d}")
     return b"" if inode is None else bytes(inode.cache)
+
+
+def _differences(found: dict[str, bytes]) -> list[tuple[int, list[int]]]:
+    """(sector of the block, value at each node) where they differ."""
+    out = []
+    for at in range(0, BLOCK_BYTES, SECTOR):
+        values = [int.from_bytes(data[at : at + 8], "big") for data in found.values()]
+        if len(set(values)) > 1:
+            out.append((at // SECTOR, values))
+    return out
 
 
 def run(seed: int, seconds: float = 12.0) -> Result:

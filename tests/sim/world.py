@@ -270,6 +270,8 @@ class Metad:
                 self._barriers = []
                 break
             self.world.database.entries.extend(batch)
+            for seq, _, cause, change in batch:
+                self.world.note(f"change {seq} {cause}: {change}")
             self.world.check_sequence(batch)
             if batch:
                 self._publish({"op": "changes", "changes": [list(e) for e in batch]})

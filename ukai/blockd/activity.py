@@ -28,6 +28,8 @@ class Activity:
         self.active: dict[int, float] = {}
         """block → when it was announced in this epoch."""
         self.warm: set[int] = set()
+        self._doubtful: set[int] = set()
+        """Active blocks whose retirement was asked for with an unknown outcome: to be announced anew before use."""
         self._idle_since: dict[int, float] = {}
         self._wanted: dict[int, asyncio.Future[None]] = {}
         self._task: asyncio.Task[None] | None = None
@@ -40,7 +42,7 @@ class Activity:
 
     def end(self) -> None:
         """The role is over."""
-        self.active, self.warm, self._idle_since = {}, set(), {}
+        self.active, self.warm, self._doubtful, self._idle_since = {}, set(), set(), {}
 
     async def make_warm(self, blocks: list[int]) -> None:
         """Announce what is cold and stamp what is active.  Raises UkaiError."""
@@ -78,10 +80,11 @@ class Activity:
         self._task = None
 
     async def _warm_up(self, blocks: list[int]) -> None:
-        cold = [b for b in blocks if b not in self.active]
+        cold = [b for b in blocks if b not in self.active or b in self._doubtful]
         if cold:
-            if len(self.active) + len(cold) > self._limit:
-                await self._make_room(len(cold), set(blocks))
+            new = sum(1 for b in cold if b not in self.active)
+            if new and len(self.active) + new > self._limit:
+                await self._make_room(new, set(blocks))
             epoch = self._c.epoch
             await self._c.ask_metad("activate", {"ranges": [list(r) for r in join(cold)]})
             if epoch != self._c.epoch:
@@ -89,6 +92,7 @@ class Activity:
             now = self._c.now()
             for block in cold:
                 self.active[block] = now
+            self._doubtful.difference_update(cold)
         await self._c.stamp(blocks)
         self.warm.update(blocks)
 
@@ -128,20 +132,20 @@ class Activity:
             c.hot.pop(block, None)
             self.warm.discard(block)  # from now on a write waits for the lock
         ready = [b for b in blocks if b not in c.inflight and b in self.active]
+        asked: list[int] = []
         try:
             if any(b in dirty for dirty in c.flusher.unflushed.values() for b in ready):
                 await c.flusher.flush()
             ready = [b for b in ready if b not in c.inflight and b not in c.marker.pending]
             if ready:
-                await c.ask_metad("retire", {"ranges": [list(r) for r in join(ready)]})
-        except UkaiError:
-            ready = []
-            raise
-        finally:
-            for block in blocks:
-                if block in ready:
+                asked = ready
+                self._doubtful.update(asked)
+                await c.ask_metad("retire", {"ranges": [list(r) for r in join(asked)]})
+                for block in asked:
                     self.active.pop(block, None)
-                elif block in self.active:
-                    self.warm.add(block)
+                self._doubtful.difference_update(asked)
+        finally:
+            self.warm.update(b for b in blocks if b in self.active and b not in asked)
+            for block in blocks:
                 self._idle_since.pop(block, None)
                 c.reads.pop(block, None)

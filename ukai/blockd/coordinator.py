@@ -21,6 +21,7 @@ from ukai.blockd.marks import Marker
 from ukai.blockd.peer import Payload, Peer
 from ukai.blockd.store import ImageStore, zeros
 from ukai.errors import (
+    Busy,
     Damaged,
     DiskError,
     NoSpace,
@@ -114,6 +115,8 @@ class Coordinator:
         self.marker = Marker(self._send_marks, self._suspect)
         self.idle_since = self.now()
         self._role_lock = asyncio.Lock()
+        self._released = 0
+        """The last epoch that ended here with nothing left unflushed."""
         self._quiet: asyncio.Event | None = None
 
     # --- what it knows
@@ -234,7 +237,7 @@ class Coordinator:
     async def release(self, epoch: int, deadline: float) -> bool:
         """Drain, flush and give the role up; whether nothing is left active.  Requests wait meanwhile."""
         if not self.holds(epoch):
-            return not self.held
+            return self._released == epoch
         self.frozen = asyncio.Event()
         clean = False
         try:
@@ -251,6 +254,8 @@ class Coordinator:
             log.info("image %s: released without a flush: %s", self._name(), e)
         finally:
             self.lose("released")
+            if clean:
+                self._released = epoch
             self.frozen.set()
             self.frozen = None
         return clean
@@ -629,9 +634,11 @@ class Coordinator:
                     except (NotCoordinator, Unreachable) as e:
                         await self.core.catch_up()
                         if self.image.writer == writer and isinstance(e, Unreachable):
-                            await self.acquire(-1, "io", deadline)
+                            await self.acquire(-1, "read", deadline)
                 else:
-                    await self.acquire(-1, "io", deadline)
+                    await self.acquire(-1, "read", deadline)
+            except Busy:
+                await self.core.catch_up()  # somebody else is the writer: ask there
             except UkaiError as e:
                 if not e.retry or self.now() >= deadline:
                     raise
@@ -652,7 +659,7 @@ class Coordinator:
                 await self.passed(block, offset, offset + length)
                 if not self.holds(epoch):
                     continue
-            if block in self.activity.active and block not in self.activity.warm:
+            if block in self.image.active and block not in self.activity.warm:  # announced, perhaps not stamped yet
                 await self.activity.make_warm([block])
                 continue
             replicas = self.image.replicas(block)
@@ -709,7 +716,7 @@ class Coordinator:
             and replica.status == IN_SYNC
             and replica.generation == generation
             and self.own not in self.marker.suspects(block)
-            and (block not in self.activity.active or block in self.activity.warm)
+            and (block not in self.image.active or block in self.activity.warm)
         )
 
 

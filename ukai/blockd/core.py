@@ -7,6 +7,7 @@ are answered through the function that comes with them.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ log = logging.getLogger(__name__)
 FRONTEND_BEATS = 10
 TRANSFER_LIMIT_BYTES = 4 * 2**20
 SAVE_BEATS = 5
+
+NUMBERED = frozenset(
+    {"grant", "grant.commit", "release", "activate", "retire", "mark", "sync.begin", "sync.finish", "job.end"}
+)
+"""What alters metadata: metad takes each number once and in order, so that a late request can't undo a newer one."""
 
 Reply = Callable[[Header, "Payload | None"], None]
 
@@ -80,6 +86,7 @@ class Core:
         self._peers: dict[str, Peer] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beats = 0
+        self._numbers = itertools.count(1)
         self._stopping = False
         mirror.on_change.append(self._changed)
         mirror.on_reset.append(self._reset)
@@ -157,6 +164,8 @@ class Core:
         """A request of this node.  Raises UkaiError."""
         if not self.registered and op != "register":
             raise NotReady("this node is not registered at metad yet")
+        if op in NUMBERED:
+            fields = {**fields, "n": next(self._numbers)}
         return await self.ports.metad(op, {"node": self.node, "inc": self.inc, **fields}, self.config.io_timeout)
 
     async def catch_up(self) -> None:
@@ -329,7 +338,7 @@ class Core:
         uuid = text(header, "image", 36)
         handles = sum(1 for h in self.handles.values() if h.coordinator.uuid == uuid)
         c = self.coordinators.get(uuid)
-        clean = c is None or await c.release(integer(header, "epoch"), self.now() + self.config.io_timeout / 2)
+        clean = c is not None and await c.release(integer(header, "epoch"), self.now() + self.config.io_timeout / 2)
         return {"handles": handles, "clean": clean}
 
     async def _call_acquire(self, header: Header) -> Header:
@@ -521,15 +530,9 @@ class Core:
     async def _opened(self, header: Header) -> tuple[Header, Payload | None]:
         name, number = text(header, "image", 100), integer(header, "h")
         frontend, epoch = text(header, "frontend"), integer(header, "epoch", -1, default=-1)
-        if not self.mirror.loaded:
-            raise NotReady("no metadata yet: metad has not answered")
-        image = self.mirror.cluster.images.get(self.mirror.cluster.names.get(name, ""))
-        if image is None or image.writer != self.node:
-            try:
-                async with asyncio.timeout(self.config.beat_interval):
-                    await self.catch_up()
-            except (UkaiError, TimeoutError) as e:
-                log.info("image %s is opened without word from metad: %s", name, e)
+        known = self.mirror.cluster.images.get(self.mirror.cluster.names.get(name, ""))
+        if known is None or known.uuid not in self.coordinators or not self.coordinators[known.uuid].held:
+            await self.catch_up()  # the epoch decides later whether the handle is stale, so it must be the present one
         image = self.mirror.cluster.by_name(name)
         if not image.online or self.node not in image.hypervisors or image.uuid in self.closed:
             raise NotFound(f"image {name} is not online at this hypervisor")

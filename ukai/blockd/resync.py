@@ -181,8 +181,8 @@ class Resync:
         stale = sorted(set(blocks) - set(fresh))
         if stale:
             await self._renew(target, [list(r) for r in join(stale)])
-        await c.ask_metad("sync.begin", {"target": target, "ranges": ranges})
         self._begun.update((target, b) for b in stale)
+        await c.ask_metad("sync.begin", {"target": target, "ranges": ranges})
         for block in fresh:
             self._count(block, hole=c.image.block_bytes(block))
         done: list[int] = []
