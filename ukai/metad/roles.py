@@ -7,6 +7,8 @@ has the replicas persist it; phase two (``grant_commit``) makes it the writer.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 from ukai import messages
 from ukai.errors import (
@@ -21,7 +23,7 @@ from ukai.errors import (
 )
 from ukai.messages import Header
 from ukai.metad import replicas
-from ukai.metad.core import Core, Pending, settle
+from ukai.metad.core import Core, Pending, Session, settle
 from ukai.model import IN_SYNC, Change, Image
 from ukai.ranges import show
 
@@ -29,13 +31,15 @@ PENDING_S = 1.0
 """How much longer than replica_timeout a reserved role is left to the node that reserved it."""
 
 
-async def grant(core: Core, fields: Header) -> Header:
+def grant(core: Core, fields: Header) -> Coroutine[Any, Any, Header]:
     """Phase one: the epoch is reserved when no other node can write any more.
 
-    Raises NotFound, Refused, Busy, StaleHandle, Unreachable.
+    Its number is taken as it arrives, the rest may wait.  Raises NotFound, Refused, Busy, StaleHandle, Unreachable.
     """
-    session = core.numbered(fields)
-    core.check_current()
+    return _grant(core, fields, core.numbered(fields))
+
+
+async def _grant(core: Core, fields: Header, session: Session) -> Header:
     node = session.node
     uuid = messages.text(fields, "image", 64)
     opened_epoch = messages.integer(fields, "opened_epoch", low=-1)
