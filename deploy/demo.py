@@ -259,7 +259,7 @@ def main() -> int:
         if shutil.which("sudo") is None:
             print("demo: it mounts filesystems: run it as root, or install sudo", file=sys.stderr)
             return 1
-        os.execvp("sudo", ["sudo", sys.executable, *sys.argv])
+        os.execvp("sudo", ["sudo", "env", "PYTHONDONTWRITEBYTECODE=1", sys.executable, *sys.argv])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     nodes: Nodes | None = None
