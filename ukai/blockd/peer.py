@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from ukai.errors import NotReady, StaleEpoch, Timeout, UkaiError, Unreachable, from_wire
-from ukai.messages import Header, raise_error
+from ukai.messages import Header
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ DOWN, GREETING, UP = "down", "greeting", "up"
 
 SLOW_OPS = frozenset({"f", "d", "h", "k", "cr", "usage"})
 """What may take long on a busy disk while the process lives; the ping between tells that it does."""
+
+TIMER_SLACK_S = 0.001
+"""A loop may wake this much before the time asked for."""
 
 
 class Transport(Protocol):
@@ -110,7 +113,15 @@ class Peer:
         return True
 
     async def ask(self, op: str, fields: Header, payload: Payload | None = None, *, numbered: bool = False) -> Answer:
-        """One request and its reply.  Raises Unreachable, or what the reply carries."""
+        """One request of the session and its reply.  Raises Unreachable, or what the reply carries.
+
+        It carries the token, so that no other process, nor this one before it knows where it stands, answers (R8).
+        """
+        if self.state != UP:
+            raise Unreachable(f"node {self.node} can't be reached: {self.reason}")
+        return await self._ask({"op": op, "t": self._token, **fields}, payload, numbered)
+
+    async def _ask(self, header: Header, payload: Payload | None, numbered: bool) -> Answer:
         future: asyncio.Future[Answer] = self._loop.create_future()
 
         def done(error: UkaiError | None, header: Header, data: Payload | None) -> None:
@@ -121,7 +132,6 @@ class Peer:
             else:
                 future.set_result((header, data))
 
-        header = {"op": op, **fields}
         sent = self.numbered(header, payload, done) if numbered else self._send(header, payload, done)
         if not sent:
             raise Unreachable(f"node {self.node} can't be reached: {self.reason}")
@@ -151,23 +161,28 @@ class Peer:
 
     async def _keep(self) -> None:
         """Open sessions as long as there are none; ping while there is one."""
+        pause_s = min(0.5, self._beat_s)
         while True:
             try:
                 await self._greet()
-                self._settled.set()
             except UkaiError as e:
                 self._end(e.message)
-                self._settled.set()
-                await asyncio.sleep(min(0.5, self._beat_s))
-                continue
+            except Exception as e:  # whoever waits for this node must hear that it is away
+                log.exception("defect while greeting node %s", self.node)
+                self._end(f"defect: {type(e).__name__}")
+            self._settled.set()
+            greeted_at = self._loop.time()
             while self.state == UP:
                 self._failed.clear()
                 self._ping()
+                next_look = self._loop.time() + min(self._beat_s, self._timeout_s / 4)
                 try:
-                    async with asyncio.timeout(min(self._beat_s, self._timeout_s / 4)):
+                    async with asyncio.timeout_at(min([next_look, *(at for at, _, _ in self._waiting.values())])):
                         await self._failed.wait()
                 except TimeoutError:
                     self._look()
+            if self._loop.time() - greeted_at < pause_s:
+                await asyncio.sleep(pause_s)
 
     def _open(self) -> None:
         """A connection whose late messages can't be taken for those of the next one."""
@@ -182,12 +197,12 @@ class Peer:
     async def _greet(self) -> None:
         self._open()
         self.state = GREETING
-        fields = {"node": self._own, "inc": self._inc, "try": next(self._attempts)}
+        hello = {"op": "hello", "node": self._own, "inc": self._inc, "try": next(self._attempts)}
         deadline = self._loop.time() + self._timeout_s
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    reply, _ = await self.ask("hello", fields)
+                    reply, _ = await self._ask(hello, None, False)
                 break
             except TimeoutError:
                 raise Timeout(f"no answer within {self._timeout_s:g} s") from None
@@ -195,7 +210,6 @@ class Peer:
                 if self._loop.time() >= deadline or isinstance(e, Timeout):
                     raise Unreachable("can't be reached") from None
                 await asyncio.sleep(0.02)  # a DEALER does not tell when it is connected
-        raise_error(reply)
         token, seq = reply.get("token"), reply.get("registered_seq")
         if type(token) is not int or type(seq) is not int:
             raise NotReady("answered hello without a token")
@@ -213,14 +227,16 @@ class Peer:
             if error is None and isinstance(stale, dict):
                 self.confirmed_at = sent_at
                 for uuid, epoch in stale.items():
-                    self._on_stale(uuid, epoch)
+                    if type(epoch) is int:
+                        self._on_stale(uuid, epoch)
 
-        self._send({"op": "ping", "roles": self._roles()}, None, done)
+        if not self._send({"op": "ping", "t": self._token, "roles": self._roles()}, None, done):
+            self.fail("the connection was lost")
 
     def _look(self) -> None:
         """End the session when a request waits for too long."""
-        now = self._loop.time()
-        if any(now > deadline for deadline, _, _ in self._waiting.values()):
+        now = self._loop.time() + TIMER_SLACK_S
+        if any(now >= deadline for deadline, _, _ in self._waiting.values()):
             self.fail(f"no answer within {self._timeout_s:g} s")
 
     def fail(self, reason: str) -> None:
@@ -246,6 +262,7 @@ class Peer:
     def close(self) -> None:
         self._task.cancel()
         self._end("closed")
+        self._settled.set()
 
 
 Answer = tuple[Header, Payload | None]

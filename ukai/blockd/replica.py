@@ -1,19 +1,22 @@
 """What a node does for the coordinators of other nodes.
 
-A coordinator opens a session with ``hello`` and gets a token that this process made for it.  Whatever alters
-data carries the token and the next number (R6): a gap, a number that was seen, an older session or a former
-process are refused before a file is touched.  Then the epoch is looked at (R1), then the block (R8).
+A coordinator opens a session with ``hello`` and gets a token that this process made for it.  Whatever comes
+after carries the token, and what alters data the next number too (R6): a gap, a number that was seen, an older
+session or a former process are refused before a file is touched.  Then all fields are looked at, then the epoch
+(R1), then the block (R8).
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ukai.blockd.store import HOLE, ImageStore, Store, zeros
 from ukai.errors import Damaged, NotReady, RemoteProtocolError, StaleSession
-from ukai.messages import Header, flag, integer, ranges, text
+from ukai.messages import Header, flag, integer, ranges, show, text
+from ukai.ranges import RangeSet
 
 Payload = bytes | bytearray | memoryview
 Answer = tuple[Header, Payload | None]
@@ -21,6 +24,8 @@ RunDisk = Callable[..., Awaitable[Any]]
 
 HASH_LENGTH_LIMIT_BYTES = 64 * 2**20
 READ_LIMIT_BYTES = 8 * 2**20
+SESSION_LIMIT = 1000
+NAME_LIMIT = 255
 
 
 class Session:
@@ -55,6 +60,8 @@ class Replica:
         self.plain: dict[str, Callable[[Header], Answer | Awaitable[Answer]]] = {
             "hello": self._hello,
             "ping": self._ping,
+        }
+        self.of_session: dict[str, Callable[[Header], Answer | Awaitable[Answer]]] = {
             "fence": self._fence,
             "k": self._renew,
             "r": self._read,
@@ -65,32 +72,47 @@ class Replica:
     def handle(self, header: Header, payload: Payload | None) -> Answer | Awaitable[Answer]:
         """Answer one message.  Raises UkaiError."""
         op = header.get("op")
-        numbered = self.numbered.get(op) if type(op) is str else None
+        if type(op) is not str:
+            raise RemoteProtocolError(f"op {show(op)} is not known here")
+        if self.registered_seq < 0:
+            raise NotReady("this node is not registered at metad yet")
+        numbered = self.numbered.get(op)
         if numbered is not None:
-            session = self.sessions.get(header.get("t", -1)) if type(header.get("t")) is int else None
-            if session is None:
-                raise StaleSession("this session is over; say hello")
-            if header.get("n") != session.next:
+            session = self._session(header)
+            number = header.get("n")
+            if type(number) is not int or number != session.next:
                 self._end(session)
-                raise StaleSession(f"message {header.get('n')!r:.20} came where {session.next} was the next; say hello")
+                raise StaleSession(f"message {show(number)} came where {session.next} was the next; say hello")
             session.next += 1
             return numbered(header, payload)
-        plain = self.plain.get(op) if type(op) is str else None
+        of_session = self.of_session.get(op)
+        if of_session is not None:
+            self._session(header)
+            return of_session(header)
+        plain = self.plain.get(op)
         if plain is None:
-            raise RemoteProtocolError(f"op {op!r:.50} is not known here")
+            raise RemoteProtocolError(f"op {show(op)} is not known here")
         return plain(header)
 
     # --- sessions
 
+    def _session(self, header: Header) -> Session:
+        """Raises StaleSession."""
+        token = header.get("t")
+        session = self.sessions.get(token) if type(token) is int else None
+        if session is None:
+            raise StaleSession("this session is over; say hello")
+        return session
+
     def _hello(self, header: Header) -> Answer:
-        node, inc, attempt = text(header, "node"), text(header, "inc"), integer(header, "try")
-        if self.registered_seq < 0:
-            raise NotReady("this node is not registered at metad yet")
+        node, inc, attempt = text(header, "node", NAME_LIMIT), text(header, "inc", NAME_LIMIT), integer(header, "try")
         old = self.by_node.get(node)
         if old is not None:
             if old.inc == inc and attempt <= old.attempt:
                 raise StaleSession("this hello is older than the session")
             self._end(old)
+        elif len(self.by_node) >= SESSION_LIMIT:
+            self._end(next(iter(self.by_node.values())))
         session = Session(node, inc, attempt, next(self._tokens))
         self.sessions[session.token] = self.by_node[node] = session
         return {"token": session.token, "inc": self.inc, "registered_seq": self.registered_seq}, None
@@ -101,6 +123,8 @@ class Replica:
             del self.by_node[session.node]
 
     def _ping(self, header: Header) -> Answer:
+        if "t" in header:
+            self._session(header)
         roles = header.get("roles", {})
         if type(roles) is not dict:
             raise RemoteProtocolError("field roles: a map is wanted")
@@ -111,17 +135,19 @@ class Replica:
                 stale[uuid] = image.epoch
         return {"stale": stale}, None
 
-    def _fence(self, header: Header) -> Answer:
-        self._admitted(header)
-        return {}, None
+    # --- fields
 
-    def _admitted(self, header: Header) -> ImageStore:
-        image = self.store.image(text(header, "i", 36))
-        epoch = integer(header, "e")
+    def _image(self, header: Header) -> ImageStore:
+        return self.store.image(text(header, "i", 36))
+
+    def _blocks(self, image: ImageStore, header: Header) -> list[int]:
+        return list(RangeSet(ranges(header, "ranges", image.block_count - 1)).indexes())
+
+    def _admit(self, image: ImageStore, epoch: int) -> None:
+        """Once all fields are known to be good (R1).  Raises StaleEpoch, DiskError."""
         if epoch != image.epoch:
             image.admit(epoch)
             self.on_epoch(image.uuid, epoch)
-        return image
 
     def _place(self, image: ImageStore, header: Header, length: int) -> tuple[int, int]:
         block, offset = integer(header, "b", 0, image.block_count - 1), integer(header, "o")
@@ -131,46 +157,67 @@ class Replica:
 
     # --- what alters data
 
+    def _fence(self, header: Header) -> Answer:
+        self._admit(self._image(header), integer(header, "e"))
+        return {}, None
+
     def _write(self, header: Header, payload: Payload | None) -> Answer:
         if not payload:
             raise RemoteProtocolError("a write without data")
-        image = self._admitted(header)
+        image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
         block, offset = self._place(image, header, len(payload))
-        image.write(block, offset, payload, integer(header, "g", 1))
+        self._admit(image, epoch)
+        image.write(block, offset, payload, generation)
         return {}, None
 
     def _punch(self, header: Header, _payload: Payload | None) -> Answer:
-        image = self._admitted(header)
+        image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
         length = integer(header, "l", 1)
         block, offset = self._place(image, header, length)
-        image.punch(block, offset, length, integer(header, "g", 1))
+        self._admit(image, epoch)
+        image.punch(block, offset, length, generation)
         return {}, None
 
     def _stamp(self, header: Header, _payload: Payload | None) -> Answer:
-        image = self._admitted(header)
-        generation = integer(header, "g", 1)
-        for first, last in ranges(header, "ranges", image.block_count - 1):
-            for block in range(first, last + 1):
-                image.ready(block, generation)
+        image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
+        blocks = self._blocks(image, header)
+        self._admit(image, epoch)
+        for block in blocks:
+            image.ready(block, generation)
         return {}, None
 
-    async def _flush(self, header: Header, _payload: Payload | None) -> Answer:
-        image = self._admitted(header)
-        blocks = [b for first, last in ranges(header, "ranges", image.block_count - 1) for b in range(first, last + 1)]
+    def _flush(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
+        image, epoch = self._image(header), integer(header, "e")
+        blocks = self._blocks(image, header)
+        self._admit(image, epoch)
+        return self._flushed(image, blocks)
+
+    async def _flushed(self, image: ImageStore, blocks: list[int]) -> Answer:
         failed = await self.flush(image, blocks)
         return {"failed": [[b, reason] for b, reason in failed.items()]}, None
 
     async def flush(self, image: ImageStore, blocks: list[int]) -> dict[int, str]:
-        """fdatasync of some blocks on this node (R7); block → reason for those that failed."""
+        """fdatasync of some blocks on this node (R7); block → reason for those that failed.
+
+        Goes on when nobody waits for it any more, because what it finds out must not be forgotten.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._flush_now(image, blocks)))
+
+    async def _flush_now(self, image: ImageStore, blocks: list[int]) -> dict[int, str]:
         image.unflushed.difference_update(blocks)
         failed: dict[int, str] = await self.run_disk(image.flush_beside, image.flush_begin(blocks))
         image.flush_end(failed)
-        return failed
+        # a flush beside this one may have been told of an error that was meant for both
+        return failed | {b: image.poisoned[b] for b in blocks if b in image.poisoned}
 
-    async def _complete(self, header: Header, _payload: Payload | None) -> Answer:
-        image = self._admitted(header)
-        block, _ = self._place(image, header | {"o": 0}, 0)
-        await self.complete(image, block, integer(header, "g", 1))
+    def _complete(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
+        image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
+        block = integer(header, "b", 0, image.block_count - 1)
+        self._admit(image, epoch)
+        return self._completed(image, block, generation)
+
+    async def _completed(self, image: ImageStore, block: int, generation: int) -> Answer:
+        await self.complete(image, block, generation)
         return {}, None
 
     async def complete(self, image: ImageStore, block: int, generation: int) -> None:
@@ -182,16 +229,17 @@ class Replica:
             raise Damaged(failed[block])
 
     def _renew(self, header: Header) -> Answer:
-        image = self._admitted(header)
-        for first, last in ranges(header, "ranges", image.block_count - 1):
-            for block in range(first, last + 1):
-                image.renew(block)
+        image, epoch = self._image(header), integer(header, "e")
+        blocks = self._blocks(image, header)
+        self._admit(image, epoch)
+        for block in blocks:
+            image.renew(block)
         return {}, None
 
     # --- what reads
 
     def _read(self, header: Header) -> Answer | Awaitable[Answer]:
-        image = self.store.image(text(header, "i", 36))
+        image = self._image(header)
         length = integer(header, "l", 1, READ_LIMIT_BYTES)
         block, offset = self._place(image, header, length)
         generation = integer(header, "g")
@@ -205,8 +253,7 @@ class Replica:
         return {}, await self.run_disk(image.read_beside, image.borrow(block), block, offset, length)
 
     async def _hash(self, header: Header) -> Answer:
-        image = self.store.image(text(header, "i", 36))
-        length = integer(header, "l", 1, HASH_LENGTH_LIMIT_BYTES)
+        image, length = self._image(header), integer(header, "l", 1, HASH_LENGTH_LIMIT_BYTES)
         block, offset = self._place(image, header, length)
         return {}, await self.hash(image, block, offset, length, integer(header, "c", 512))
 
@@ -218,7 +265,7 @@ class Replica:
         return data
 
     async def _usage(self, header: Header) -> Answer:
-        image = self.store.image(text(header, "i", 36))
+        image = self._image(header)
         wanted = ranges(header, "ranges", image.block_count - 1)
         if flag(header, "all"):
             wanted = [(0, image.block_count - 1)]
