@@ -99,6 +99,11 @@ class Image:
             "checksum": self.checksum,
         }
 
+    def activity(self) -> dict[str, Any]:
+        """The active blocks, as they travel."""
+        before = {n: [list(r) for r in earlier] for n, earlier in self.before.items()}
+        return {"active": [list(r) for r in self.active], "before": before}
+
     def replica(self, node: str, index: int) -> Replica | None:
         where = self.locations.get(node)
         return where.get(index) if where is not None else None
@@ -291,13 +296,15 @@ class Cluster:
             row = image.row()
             if detail:
                 row["locations"] = {n: [[a, b, *r] for a, b, r in where] for n, where in image.locations.items()}
-                row["active"] = [list(r) for r in image.active]
-                row["before"] = {n: [list(r) for r in earlier] for n, earlier in image.before.items()}
+                row |= image.activity()
             images.append(row)
+        return {**self.surroundings(detail), "images": images}
+
+    def surroundings(self, detail: bool = True) -> dict[str, Any]:
+        """The snapshot without the images."""
         return {
             "cluster_id": self.cluster_id,
             "seq": self.seq,
-            "images": images,
             "nodes": [n.row() for n in self.nodes.values()],
             "jobs": [j.row() for j in self.jobs.values()] if detail else [],
         }

@@ -6,7 +6,7 @@ Pure.  Each change is packed once: for the subscribers, for those who ask, and c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import msgpack
 
@@ -23,12 +23,13 @@ PUBLISH_BYTES = 2**20
 _pack = msgpack.Packer(autoreset=True).pack
 
 
-def raw_map(fields: Header, raw: dict[str, bytes]) -> bytes:
-    """A header, with some values that are packed already."""
+def raw_map(fields: Header, raw: dict[str, bytes], *, version: bool = True) -> bytes:
+    """A map, with some values that are packed already; a header with the ``version``."""
     packer = msgpack.Packer(autoreset=False)
-    packer.pack_map_header(len(fields) + len(raw) + 1)
-    packer.pack("v")
-    packer.pack(VERSION)
+    packer.pack_map_header(len(fields) + len(raw) + version)
+    if version:
+        packer.pack("v")
+        packer.pack(VERSION)
     for key, value in fields.items():
         packer.pack(key)
         packer.pack(value)
@@ -52,10 +53,17 @@ class History:
         self._ring: deque[bytes] = deque()
         self._bytes = 0
         self._snapshots: dict[bool, tuple[int, bytes]] = {}
+        self._places: dict[str, dict[str, bytes]] = {}
+        """image → location → packed replicas: most of a snapshot, and most of it unchanged since the last one."""
 
-    def extend(self, batch: Iterable[Entry]) -> list[bytes]:
+    def extend(self, batch: Sequence[Entry]) -> list[bytes]:
         """Take committed changes; returns them packed."""
         packed = [_pack(entry) for entry in batch]
+        for _, _, _, change in batch:
+            if change["t"] == "replicas":
+                self._places.get(change["uuid"], {}).pop(change["node"], None)
+            elif change["t"] == "image-drop":
+                self._places.pop(change["uuid"], None)
         for item in packed:
             self._ring.append(item)
             self._bytes += len(item)
@@ -70,6 +78,7 @@ class History:
         self._ring.clear()
         self._bytes = 0
         self._snapshots.clear()
+        self._places.clear()
 
     def since(self, seq: int) -> list[bytes] | None:
         """The changes above ``seq``; None where a snapshot is needed."""
@@ -89,8 +98,23 @@ class History:
         """The packed snapshot, made once per sequence."""
         have = self._snapshots.get(detail)
         if have is None or have[0] != cluster.seq:
-            have = self._snapshots[detail] = (cluster.seq, _pack(cluster.snapshot(detail)))
+            have = self._snapshots[detail] = (cluster.seq, self._packed(cluster, detail))
         return have[1]
+
+    def _packed(self, cluster: Cluster, detail: bool) -> bytes:
+        """What Cluster.snapshot() says, packed."""
+        if not detail:
+            packed: bytes = _pack(cluster.snapshot(False))
+            return packed
+        images = []
+        for image in cluster.images.values():
+            known = self._places.setdefault(image.uuid, {})
+            for node, where in image.locations.items():
+                if node not in known:
+                    known[node] = _pack([(a, b, *r) for a, b, r in where])
+            places = raw_map({}, {node: known[node] for node in image.locations}, version=False)
+            images.append(raw_map(image.row() | image.activity(), {"locations": places}, version=False))
+        return raw_map(cluster.surroundings(), {"images": raw_array(images)}, version=False)
 
 
 def chunks(packed: list[bytes]) -> list[list[bytes]]:

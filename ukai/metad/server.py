@@ -47,6 +47,8 @@ TASK_LIMIT = 5000
 """Requests that wait for nodes at a time; more are asked to come again."""
 DRAIN_S = 5.0
 """How long requests under way may take to end at a stop."""
+CONTROL_FACTOR = 8
+"""Largest message, in terms of message_limit: a registration names every range of blocks that a node holds."""
 LINGER_MS = 500
 PUBLISH_QUEUE_MESSAGES = 20_000
 
@@ -101,7 +103,7 @@ class Server:
             self._port = bound(
                 self._context,
                 f"tcp://{self._node}:{self._config.control_port}",
-                self._config.message_limit,
+                CONTROL_FACTOR * self._config.message_limit,
                 self._received,
             )
         except BaseException:
@@ -210,7 +212,7 @@ class Server:
         try:
             if len(frames) == cut:
                 raise RemoteProtocolError("a message without a header")
-            header = messages.unpack(frames[cut], self._config.message_limit)
+            header = messages.unpack(frames[cut], CONTROL_FACTOR * self._config.message_limit)
             if (answered := header.get("re")) is not None:
                 self._answered(answered, header)
                 return

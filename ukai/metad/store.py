@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
@@ -161,7 +162,13 @@ class Store:
             verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if verdict != "ok":
                 raise DiskError(f"{self.path} is damaged: {str(verdict).splitlines()[0]:.200}")
-            return self._load(db)
+            collecting = gc.isenabled()
+            gc.disable()  # millions of objects come and none goes: looking for garbage would take longer than loading
+            try:
+                return self._load(db)
+            finally:
+                if collecting:
+                    gc.enable()
 
     def _open_db(self) -> sqlite3.Connection:
         if self._db is None:
