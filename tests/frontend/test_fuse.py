@@ -492,8 +492,8 @@ def test_sighup_does_nothing(stand: Stand) -> None:
 def test_a_dead_mount_is_cleaned_at_start(stand: Stand) -> None:
     stand.process.signal(signal.SIGKILL)
     assert stand.process.wait() == -signal.SIGKILL
-    assert errno_of(os.stat, stand.mount) == errno.ENOTCONN
-    stand.start()
+    assert machine.mounts()[-1].kind == "fuse.ukai"
+    stand.start()  # at once: the kernel still answers some questions for the dead one
     with opened(stand.disk) as fd:
         assert os.pread(fd, 1, 0) == b"\0"
 

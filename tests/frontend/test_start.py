@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster import program
 from tests.frontend.harness import Stand
-from tests.machine import tool, wait_for
+from tests.machine import process_state, tool, wait_for
 from ukai.errors import UkaiError
 from ukai.frontend import mount
 
@@ -77,6 +77,7 @@ def test_two_frontends_of_one_node(stand: Stand, tmp_path: Path) -> None:
 def test_a_mount_that_hangs_is_left_alone(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mount, "ANSWER_WAIT_S", 0.5)
     stand.process.signal(signal.SIGSTOP)
+    wait_for(lambda: process_state(stand.process.pid) == "T", "the frontend frozen", 5)
     try:
         with pytest.raises(UkaiError, match="does not answer"):
             mount.prepare(str(stand.mount))
