@@ -76,7 +76,7 @@ class MetadLink:
             message = messages.unpack(frames[-1])
             if not self.mirror.take_published(message):
                 self._behind.set()
-        except (RemoteProtocolError, KeyError, TypeError, ValueError) as e:
+        except RemoteProtocolError as e:
             if self._on_garbage is not None:
                 self._on_garbage(RemoteProtocolError(f"published message: {e}"))
             self._behind.set()

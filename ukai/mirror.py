@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ukai.errors import Behind, RemoteProtocolError
+from ukai.errors import Behind, LocalProtocolError, RemoteProtocolError
 from ukai.messages import Header
 from ukai.model import Change, Cluster
 
 FORMER_PROCESSES = 8
+MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+
 
 class Mirror:
     """The copy and the rules by which it moves on.  Pure.
@@ -42,25 +44,27 @@ class Mirror:
         """Take the catch-up part of a reply, if it has one.  Raises Behind (R12) and RemoteProtocolError."""
         if (snapshot := reply.get("snapshot")) is not None:
             self._reset(snapshot, reply)
-        elif (changes := reply.get("changes")) is not None:
-            if self._check(reply):
-                self._take(changes)
+        elif "changes" in reply and self._check(reply) and self.loaded and not self._take(reply["changes"]):
+            self._broken("changes that do not join on")
 
     def take_published(self, message: Header) -> bool:
-        """Take one message of the PUB socket; false: something is missing, ask metad to catch up."""
+        """Take one message of the PUB socket; false: something is missing, ask metad to catch up.
+
+        Raises RemoteProtocolError.
+        """
         if not self.loaded or message.get("cluster_id") != self.cluster.cluster_id:
             return False
         if message.get("inc") != self.inc:
             return False
         if message.get("op") == "beat":
-            return bool(message.get("seq") == self.seq)
-        changes = message.get("changes")
-        return isinstance(changes, list) and self._take(changes)
+            seq = message.get("seq")
+            return type(seq) is int and seq <= self.seq  # below: a reply has overtaken the beat
+        return self._take(message.get("changes"))
 
     def _check(self, reply: Header) -> bool:
         """Whether a reply is news; false: it was overtaken.  Raises Behind (R12), RemoteProtocolError."""
         seq, cluster_id, inc = reply.get("seq"), reply.get("cluster_id"), reply.get("inc")
-        if not isinstance(seq, int) or not isinstance(cluster_id, str) or not isinstance(inc, str):
+        if type(seq) is not int or not isinstance(cluster_id, str) or not isinstance(inc, str):
             raise RemoteProtocolError("a reply of metad without its sequence")
         if self.cluster_id and cluster_id != self.cluster_id:
             raise Behind(
@@ -80,23 +84,38 @@ class Mirror:
         self.inc, self.cluster_id = inc, cluster_id
         return True
 
-    def _take(self, changes: list[Any]) -> bool:
-        for seq, _time, _cause, change in changes:
-            if seq <= self.cluster.seq:
-                continue
-            if seq != self.cluster.seq + 1:
-                return False
-            self.cluster.apply(change)
-            self.floor = max(self.floor, seq)
-            for call in self.on_change:
-                call(change)
+    def _take(self, changes: Any) -> bool:
+        """Apply what is new; false: there is a gap.  Raises RemoteProtocolError."""
+        try:
+            for seq, _time, _cause, change in changes:
+                if seq <= self.cluster.seq:
+                    continue
+                if seq != self.cluster.seq + 1:
+                    return False
+                self.cluster.apply(change)
+                self.floor = max(self.floor, seq)
+                for call in self.on_change:
+                    call(change)
+        except (*MALFORMED, LocalProtocolError) as e:
+            self._broken(f"a change that can't be applied: {type(e).__name__}: {e}")
         return True
 
-    def _reset(self, snapshot: dict[str, Any], reply: Header) -> None:
+    def _broken(self, what: str) -> None:
+        """The copy may be half changed: a snapshot is needed.  Raises RemoteProtocolError."""
+        self.loaded = False
+        raise RemoteProtocolError(f"metad sent {what}")
+
+    def _reset(self, snapshot: Any, reply: Header) -> None:
+        if not isinstance(snapshot, dict):
+            raise RemoteProtocolError("metad sent a snapshot that is no map")
         about = {"seq": snapshot.get("seq"), "cluster_id": snapshot.get("cluster_id"), "inc": reply.get("inc")}
         if not self._check(about) or (self.loaded and snapshot["seq"] < self.cluster.seq):
             return
-        self.cluster = Cluster.from_snapshot(snapshot)
+        try:
+            cluster = Cluster.from_snapshot(snapshot)
+        except MALFORMED as e:
+            raise RemoteProtocolError(f"metad sent a snapshot that can't be read: {type(e).__name__}: {e}") from None
+        self.cluster = cluster
         self.loaded = True
         self.floor = max(self.floor, self.cluster.seq)
         for call in self.on_reset:

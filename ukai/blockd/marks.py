@@ -7,11 +7,14 @@ way the replica is neither read nor counted.  Marks that wait together travel to
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
-from ukai.errors import NotCoordinator, StaleEpoch, UkaiError
+from ukai.errors import NotCoordinator, RemoteProtocolError, StaleEpoch, UkaiError
 from ukai.messages import Header
 from ukai.ranges import join
+
+log = logging.getLogger(__name__)
 
 RETRY_S = 0.1
 
@@ -69,14 +72,17 @@ class Marker:
                 [node, a, b, reason] for (node, reason), blocks in by.items() for a, b in join(blocks)
             ]
             try:
-                reply = await self._send(marks)
+                kept = _kept(await self._send(marks))
             except (StaleEpoch, NotCoordinator) as e:
                 self.abandon(e)
                 break
             except UkaiError:
                 await asyncio.sleep(RETRY_S)
                 continue
-            kept = {(n, i) for n, a, b in reply.get("kept", []) for i in range(a, b + 1)}
+            except Exception:  # a mark that nobody pursues would hold up its block for good
+                log.exception("defect while marking")
+                await asyncio.sleep(RETRY_S)
+                continue
             for (block, node), future in batch.items():
                 self._forget(block, node)
                 if not future.done():
@@ -101,3 +107,11 @@ class Marker:
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
             self._task = None
+
+
+def _kept(reply: Header) -> set[tuple[str, int]]:
+    """node and block of the marks that metad refused (R9).  Raises RemoteProtocolError."""
+    try:
+        return {(node, i) for node, first, last in reply.get("kept", []) for i in range(first, last + 1)}
+    except (TypeError, ValueError) as e:
+        raise RemoteProtocolError(f"metad's answer to marks can't be read: {e}") from None
