@@ -101,6 +101,7 @@ class Coordinator:
         self.core, self.uuid, self.own = core, uuid, core.node
         self.epoch = 0
         self.held = False
+        self._purpose = ""
         self.frozen: asyncio.Event | None = None
         """While the role is being given up: requests wait for it."""
         self.hot: dict[int, Hot] = {}
@@ -175,13 +176,14 @@ class Coordinator:
 
     async def acquire(self, opened_epoch: int, purpose: str, deadline: float) -> None:
         """Hold the writer role (R1–R3).  Raises StaleHandle, Timeout, or what forbids it."""
-        while not self.held:
+        while not self._suffices(purpose):
             if self.frozen is not None:
                 await self.frozen.wait()
                 continue
             try:
                 async with self._role_lock:
-                    if not self.held:
+                    if not self._suffices(purpose):
+                        self.lose("it was taken for reading only, and writing begins")
                         await self._grant(opened_epoch, purpose)
                     return
             except UkaiError as e:
@@ -189,18 +191,22 @@ class Coordinator:
                     raise
             await asyncio.sleep(RETRY_S)
 
+    def _suffices(self, purpose: str) -> bool:
+        """Whether the role is held for this purpose: one taken to read or to resync stops no other machine (R2)."""
+        return self.held and (self._purpose == "io" or purpose != "io")
+
     async def _grant(self, opened_epoch: int, purpose: str) -> None:
         core = self.core
         reply = await core.metad("grant", {"image": self.uuid, "opened_epoch": opened_epoch, "purpose": purpose})
         epoch, holders = int(reply["epoch"]), [str(n) for n in reply["holders"]]
         fenced = [n for n in await asyncio.gather(*(self._fence(n, epoch) for n in holders)) if n]
         await core.metad("grant.commit", {"image": self.uuid, "epoch": epoch, "fenced": fenced})
-        self.epoch, self.held = epoch, True
+        self.epoch, self.held, self._purpose = epoch, True, purpose
         self.idle_since = self.now()
         self.changed(None)
-        self.flusher.unflushed = {}
         self.marker = Marker(self._send_marks, self._suspect)
         self.activity.begin(self.image.active, self.now())
+        self.flusher.begin(self.image.active)
         log.info("image %s: this node is the writer, epoch %d", self._name(), epoch)
 
     async def _fence(self, node: str, epoch: int) -> str:
@@ -391,14 +397,18 @@ class Coordinator:
                 pieces = self._pieces(offset, length)
                 for at in range(0, len(pieces), PIECES_AT_ONCE):
                     group = pieces[at : at + PIECES_AT_ONCE]
-                    await asyncio.gather(
+                    ended = await asyncio.gather(
                         *(
                             self._piece(
                                 handle, b, o, None if data is None else memoryview(data)[p : p + n], n, deadline
                             )
                             for b, o, n, p in group
-                        )
+                        ),
+                        return_exceptions=True,  # no piece may still be at work when the caller hears of an error
                     )
+                    for error in ended:
+                        if isinstance(error, BaseException):
+                            raise error
                 if sync:
                     await self.flusher.flush()
         except TimeoutError:
@@ -442,8 +452,12 @@ class Coordinator:
                 continue
             future: asyncio.Future[Op] = loop.create_future()
             self._apply(block, offset, data, length, hot, lambda op, f=future: f.done() or f.set_result(op))  # type: ignore[misc]
-            if not await asyncio.shield(self.core.spawn(self._watch(future))):
-                return
+            try:
+                if not await asyncio.shield(self.core.spawn(self._watch(future))):
+                    return
+            except UkaiError as e:
+                if not e.retry or self.now() >= deadline:
+                    raise
 
     async def _watch(self, future: asyncio.Future[Op]) -> bool:
         """Wait for one write and settle it, also when the request itself has run out of time."""

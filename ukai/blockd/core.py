@@ -30,7 +30,7 @@ from ukai.errors import (
     StaleSession,
     UkaiError,
 )
-from ukai.messages import Header, error_reply, flag, integer, ranges, text
+from ukai.messages import Header, error_reply, flag, integer, ranges, show, text
 from ukai.mirror import Mirror
 from ukai.model import Change
 from ukai.telemetry import Metrics
@@ -331,7 +331,7 @@ class Core:
         """Answer a request of metad.  Raises UkaiError."""
         call = self._calls.get(text(header, "op"))
         if call is None:
-            raise RemoteProtocolError(f"op {header['op']!r:.50} is not known here")
+            raise RemoteProtocolError(f"op {show(header.get('op'))} is not known here")
         return await call(header)
 
     async def _call_release(self, header: Header) -> Header:
@@ -410,6 +410,10 @@ class Core:
         except UkaiError as e:
             reply(error_reply(e), None)
             return
+        except Exception as e:
+            log.exception("defect while answering a peer")
+            reply(error_reply(e), None)
+            return
         if isinstance(answer, tuple):
             reply(*answer)
         else:
@@ -451,7 +455,7 @@ class Core:
                 raise NotReady("blockd is stopping")
             do = self._ops.get(op) if type(op) is str else None
             if do is None:
-                raise RemoteProtocolError(f"op {op!r:.50} is not known here")
+                raise RemoteProtocolError(f"op {show(op)} is not known here")
             do(header, payload, reply)
         except UkaiError as e:
             reply(error_reply(e), None)

@@ -135,13 +135,19 @@ class Resync:
             await self._abandon()
 
     async def _end(self, state: str, reason: str) -> None:
+        """Tell metad how the order ended, as often as it takes."""
         level = logging.INFO if state == "done" else logging.WARNING
         log.log(level, "resync of image %s: %s%s", self._c.image.name, state, f": {reason}" if reason else "")
-        try:
-            fields = {"number": self.number, "state": state, "reason": reason, "progress": self.progress()}
-            await self._c.ask_metad("job.end", fields)
-        except UkaiError as e:
-            log.info("resync of image %s: its end can't be told yet: %s", self._c.uuid, e.message)
+        while self.job is not None and self._c.held:
+            try:
+                fields = {"number": self.number, "state": state, "reason": reason, "progress": self.progress()}
+                await self._c.ask_metad("job.end", fields)
+                return
+            except UkaiError as e:
+                if not e.retry:
+                    log.info("resync of image %s: its end can't be told: %s", self._c.uuid, e.message)
+                    return
+                await asyncio.sleep(self._c.core.config.beat_interval)
 
     async def _abandon(self) -> None:
         """What is still syncing by this run is out-of-sync again: never syncing for ever."""

@@ -132,7 +132,8 @@ class BlockServer:
         return PeerTransport(self._context, self._config.proxy_endpoint(node), received, self._garbage)
 
     async def _run_disk(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        # shielded: what is on its way to a thread runs to its end, and closes the descriptors it was lent
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._pool, function, *args))
 
     def _garbage(self, error: RemoteProtocolError) -> None:
         self._telemetry.metrics.count("ukai_protocol_errors_total")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
+from ukai import messages
 from ukai.errors import RemoteProtocolError
 from ukai.messages import Header
 from ukai.metad import blocks, images, jobs, placement, registration, reports, roles
@@ -76,7 +77,7 @@ def begin(core: Core, op: str, fields: Header) -> Reply:
     """Run an operation, or give the coroutine that does.  Raises UkaiError."""
     entry = OPS.get(op)
     if entry is None:
-        raise RemoteProtocolError(f"operation {op!r:.60} does not exist")
+        raise RemoteProtocolError(f"operation {messages.show(op)} does not exist")
     if not entry.when_behind:
         core.check_current()
     return entry.run(core, fields)
