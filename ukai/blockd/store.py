@@ -30,6 +30,8 @@ from ukai.model import check_name, check_sizes
 from ukai.ranges import RangeMap, join
 
 META, GENERATIONS, TEMPORARY = ".ukai.json", ".ukai.gen", ".ukai.tmp"
+RECORD_BYTES = 512
+"""Size of our own small files: one sector."""
 HASH_BYTES = 16
 HOLE = bytes(HASH_BYTES)
 _ZEROS = bytes(4 * 2**20)
@@ -66,6 +68,29 @@ def make_file(disk: Disk, directory: str, name: str, data: Bytes, size: int) -> 
         disk.close(fd)
     disk.rename(temporary, f"{directory}/{name}")
     disk.sync_directory(directory)
+
+
+def keep_record(disk: Disk, directory: str, name: str, fields: dict[str, Any]) -> None:
+    """Make or replace a small file of ours, also where the disk is full: an image stays readable then (R10).
+
+    A full disk has no room for a temporary file.  The record is then overwritten where it is: it fills one sector,
+    which a disk writes whole or not at all.  Raises OSError.
+    """
+    data = json.dumps(fields).encode().ljust(RECORD_BYTES)
+    try:
+        make_file(disk, directory, name, data, len(data))
+    except OSError as e:
+        path = f"{directory}/{name}"
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT) or not disk.exists(path):
+            raise
+        fd = disk.open(path)
+        try:
+            if disk.size(fd) != len(data):
+                raise
+            write_all(disk, fd, data, 0)
+            disk.fsync(fd)
+        finally:
+            disk.close(fd)
 
 
 def read_all(disk: Disk, fd: int, length: int) -> bytes:
@@ -162,15 +187,11 @@ class ImageStore:
     def block_bytes(self, block: int) -> int:
         return min(self.block_size, self.size - block * self.block_size)
 
-    def _meta(self, epoch: int) -> bytes:
-        fields = {"uuid": self.uuid, "size": self.size, "block_size": self.block_size, "epoch": epoch}
-        return json.dumps(fields).encode()
-
     def save(self, epoch: int) -> None:
         """Persist the highest epoch seen before anything of that epoch touches a file (R1).  Raises DiskError."""
-        data = self._meta(epoch)
+        fields = {"uuid": self.uuid, "size": self.size, "block_size": self.block_size, "epoch": epoch}
         try:
-            make_file(self.disk, self.directory, META, data, len(data))
+            keep_record(self.disk, self.directory, META, fields)
         except OSError as e:
             raise disk_error(e, f"{self.directory}/{META}") from e
         self.epoch = epoch
@@ -625,8 +646,7 @@ class Store:
             "serial": self.serial,
             "highest_seq": self.highest_seq,
         }
-        data = json.dumps(fields).encode()
-        make_file(self.disk, f"{self.root}/.ukai", "store.json", data, len(data))
+        keep_record(self.disk, f"{self.root}/.ukai", "store.json", fields)
 
     def image(self, uuid: str) -> ImageStore:
         """Raises Damaged."""
