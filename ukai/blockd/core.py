@@ -273,6 +273,8 @@ class Core:
             for uuid, c in list(self.coordinators.items()):
                 if c.held:
                     self.spawn(self._look_after(c, uuid in used))
+                elif (image := self.mirror.cluster.images.get(uuid)) is not None and image.writer == self.node:
+                    self.spawn(self._hand_back(c, image.epoch))
 
     def _drop_silent_frontends(self) -> None:
         limit = self.now() - FRONTEND_BEATS * self.config.beat_interval
@@ -311,6 +313,14 @@ class Core:
         epoch = c.epoch
         if await c.release(epoch, self.now() + self.config.io_timeout):
             await self.metad("release", {"image": c.uuid, "epoch": epoch})
+
+    async def _hand_back(self, c: Coordinator, epoch: int) -> None:
+        """Tell metad again of a role that was given up while metad was away."""
+        try:
+            if epoch == c.epoch:
+                await self._give_up(c)
+        except UkaiError as e:
+            log.info("image %s: %s", c.uuid, e.message)
 
     async def stop(self) -> None:
         """Drain: give all roles up, flushed, so that the next process has nothing to reconcile."""
