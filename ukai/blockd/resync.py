@@ -31,6 +31,8 @@ GROUP_BLOCKS = 256
 HASH_SPAN_BYTES = 16 * 2**20
 BLOCKS_AT_ONCE = 2
 RATE_SLICE_S = 0.05
+FINISH_S = 0.5
+"""How long whole blocks wait for others to be made in-sync with them: all that an interruption can cost."""
 
 
 class Rate:
@@ -54,6 +56,7 @@ class Resync:
 
     def __init__(self, coordinator: Coordinator, job: Job) -> None:
         self._c, self.number = coordinator, job.number
+        self._epoch = coordinator.epoch
         self.rate = Rate()
         self._chunks = asyncio.Semaphore(coordinator.core.config.sync_window)
         self.bytes_total = self.bytes_done = self.bytes_equal = self.bytes_copied = self.bytes_hole = 0
@@ -68,6 +71,17 @@ class Resync:
     def job(self) -> Job | None:
         job = self._c.core.mirror.cluster.jobs.get(self._c.uuid)
         return job if job is not None and job.number == self.number and job.state == "running" else None
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the order stands and this run is the one to carry it out: a new grant has a run of its own."""
+        return self.job is not None and self._c.holds(self._epoch)
+
+    async def _ask_metad(self, op: str, fields: dict[str, Any]) -> None:
+        """Raises NotCoordinator when the role that this run began with is over; UkaiError."""
+        if not self._c.holds(self._epoch):
+            raise NotCoordinator("the role was given up")
+        await self._c.ask_metad(op, fields)
 
     def progress(self) -> dict[str, Any]:
         """What `sync status` shows, in bytes, seconds and blocks."""
@@ -114,7 +128,7 @@ class Resync:
             work = self._work()
             self.blocks_total = sum(map(len, work.values()))
             self.bytes_total = sum(c.image.block_bytes(b) for blocks in work.values() for b in blocks)
-            while self.job is not None and c.held:
+            while self._goes_on:
                 work = self._work()
                 if not work:
                     await self._end("done", "")
@@ -138,10 +152,10 @@ class Resync:
         """Tell metad how the order ended, as often as it takes."""
         level = logging.INFO if state == "done" else logging.WARNING
         log.log(level, "resync of image %s: %s%s", self._c.image.name, state, f": {reason}" if reason else "")
-        while self.job is not None and self._c.held:
+        while self._goes_on:
             try:
                 fields = {"number": self.number, "state": state, "reason": reason, "progress": self.progress()}
-                await self._c.ask_metad("job.end", fields)
+                await self._ask_metad("job.end", fields)
                 return
             except UkaiError as e:
                 if not e.retry:
@@ -152,7 +166,7 @@ class Resync:
     async def _abandon(self) -> None:
         """What is still syncing by this run is out-of-sync again: never syncing for ever."""
         c = self._c
-        if not c.held or not self._begun:
+        if not c.holds(self._epoch) or not self._begun:
             return
         marks = [
             (block, target, "resync interrupted")
@@ -169,7 +183,7 @@ class Resync:
         """One pass over the blocks of one target.  Raises UkaiError when going on makes no sense."""
         size = max(1, min(GROUP_BLOCKS, GROUP_BYTES // self._c.image.block_size))
         for at in range(0, len(blocks), size):
-            if self.job is None or not self._c.held:
+            if not self._goes_on:
                 return
             try:
                 await self._group(target, blocks[at : at + size])
@@ -188,26 +202,37 @@ class Resync:
         if stale:
             await self._renew(target, [list(r) for r in join(stale)])
         self._begun.update((target, b) for b in stale)
-        await c.ask_metad("sync.begin", {"target": target, "ranges": ranges})
+        await self._ask_metad("sync.begin", {"target": target, "ranges": ranges})
         for block in fresh:
             self._count(block, hole=c.image.block_bytes(block))
         done: list[int] = []
         limit = asyncio.Semaphore(BLOCKS_AT_ONCE)
+        finished_at = c.now()
 
         async def one(block: int) -> None:
+            nonlocal finished_at
             async with limit:
-                if self.job is not None and c.held and await self._block(target, block):
+                if self._goes_on and await self._block(target, block):
                     done.append(block)
+                    if c.now() - finished_at >= FINISH_S:
+                        finished_at = c.now()
+                        await self._finish(target, done)
 
         results = await asyncio.gather(*(one(b) for b in stale), return_exceptions=True)
-        if done:
-            fields = {"target": target, "ranges": [list(r) for r in join(done)]}
-            await c.ask_metad("sync.finish", fields)
-            self._begun.difference_update((target, b) for b in done)
+        await self._finish(target, done)
         errors = [r for r in results if isinstance(r, BaseException)]
         await self._abandon()
         for error in errors:
             raise error
+
+    async def _finish(self, target: str, done: list[int]) -> None:
+        """Whole blocks become in-sync where they are still syncing; ``done`` is emptied.  Raises UkaiError."""
+        if done:
+            blocks = sorted(done)
+            done.clear()
+            fields = {"target": target, "ranges": [list(r) for r in join(blocks)]}
+            await self._ask_metad("sync.finish", fields)
+            self._begun.difference_update((target, b) for b in blocks)
 
     def _count(self, block: int, *, hole: int = 0) -> None:
         self.blocks_done += 1
@@ -235,7 +260,7 @@ class Resync:
         for at in range(0, length, HASH_SPAN_BYTES):
             await self._span(target, block, at, min(HASH_SPAN_BYTES, length - at))
             replica = c.image.replica(target, block)
-            if self.job is None or replica is None or replica.status != SYNCING:
+            if not self._goes_on or replica is None or replica.status != SYNCING:
                 return False
         generation = replica.generation
         if target == c.own:
