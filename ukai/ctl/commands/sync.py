@@ -111,7 +111,9 @@ def _picture(session: Session, job: Map) -> None:
         blocks = f"{job['blocks_done'] or 0} of {render.plural(job['blocks_total'] or 0, 'block')}"
         progress = f"{render.size(done or 0)} of {render.size(total)} ({percent}), {blocks}"
     limit = job["rate_limit"]
-    limits = "" if limit is None or limit < 0 else ", no limit" if limit == 0 else f", limit {render.rate(limit)}"
+    # before the coordinator's first figures nobody knows the limit
+    known = total and limit is not None and limit >= 0
+    limits = "" if not known else ", no limit" if limit == 0 else f", limit {render.rate(limit)}"
     reason = f": {job['reason']}" if job["reason"] else ""
     session.out.line(render.heading(f"{job['image']}"))
     session.out.pairs(
