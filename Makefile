@@ -4,12 +4,13 @@ BIN := .venv/bin
 AS_ROOT := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo) env PYTHONDONTWRITEBYTECODE=1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test soak lint format lock clean
 
 help:
 	@echo "make setup   Debian packages that are missing, and .venv"
 	@echo "make demo    three nodes on this machine: a disk moves while it is in use"
 	@echo "make test    lint, types and all tests (PYTEST_ARGS='-k name' for some)"
+	@echo "make soak    the simulator over many seeds (SEEDS=20000 FIRST=1)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrites the sources as ruff wants them"
 	@echo "make lock    newest versions into the lock files"
@@ -28,6 +29,11 @@ lint: setup
 
 test: lint
 	$(AS_ROOT) UKAI_REQUIRE_FUSE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+SEEDS ?= 2000
+FIRST ?= 1
+soak: setup
+	$(BIN)/python -m tests.sim.run $(FIRST) $(SEEDS)
 
 format: setup
 	$(BIN)/ruff check --fix-only .

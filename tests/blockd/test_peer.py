@@ -83,6 +83,7 @@ class Net:
         self.caught_up: list[int] = []
         self.catch_up: Callable[[int], Awaitable[None]] = self._catch_up
         self.stale: list[tuple[str, int]] = []
+        self.rebooted: list[str] = []
         self.wall_s = 50.0
         self.peer = Peer(
             NODE,
@@ -94,6 +95,7 @@ class Net:
             beat_interval_s=BEAT_S,
             catch_up=lambda seq: self.catch_up(seq),
             roles=lambda: {"u": 3},
+            on_reboot=self.rebooted.append,
             on_stale=lambda uuid, epoch: self.stale.append((uuid, epoch)),
             wall=lambda: self.wall_s,
         )

@@ -26,7 +26,7 @@ def content(value: int) -> bytes:
 class Register:
     """One sector."""
 
-    __slots__ = ("busy", "pending", "possible", "readers", "unflushed")
+    __slots__ = ("busy", "pending", "possible", "readers", "shaky", "unflushed")
 
     def __init__(self) -> None:
         self.possible: set[int] = {0}
@@ -36,6 +36,8 @@ class Register:
         """Values that were possible since the last flush: power cuts may bring them back."""
         self.readers: list[set[int]] = []
         self.busy = False
+        self.shaky = False
+        """The last copy lost power under a living guest, which has not been told yet."""
 
     def _seen(self) -> None:
         for reader in self.readers:
@@ -50,7 +52,7 @@ class Register:
     def write_ends(self, value: int, acknowledged: bool) -> None:
         self.pending.discard(value)
         if acknowledged:
-            self.possible = {value} | self.pending
+            self.possible = {value} | self.pending | (self.possible if self.shaky else set())
         self._seen()
 
     def read_begins(self) -> set[int]:
@@ -65,13 +67,13 @@ class Register:
             return True
         if value not in reader:
             return False
-        if value in self.possible and not self.pending:
+        if value in self.possible and not self.pending and not self.shaky:
             self.possible = {value}
         return True
 
     def may_be_lost(self) -> None:
         """Power cuts took every copy's unflushed writes."""
-        self.possible |= self.unflushed
+        self.possible = self.possible | self.unflushed | self.pending
         self._seen()
 
 
@@ -81,15 +83,15 @@ class Guest:
     def __init__(self, world: World, frontend: Frontend, registers: list[Register]) -> None:
         self.world, self.frontend, self.registers = world, frontend, registers
         self.running = True
+        self.dead = False
+        """Its machine lost power: nobody hears its acknowledgements any more."""
+        self.wrote = False
         self.size = len(registers)
 
     async def thread(self) -> None:
         """Random requests, one at a time, on sectors that no other thread of a guest is using."""
         chance = self.world.chance
-        while self.running:
-            await asyncio.sleep(chance.expovariate(1 / 0.01))
-            if not self.running:
-                return
+        while await self._next():
             kind = chance.random()
             if kind < 0.08:
                 await self.flush()
@@ -110,6 +112,10 @@ class Guest:
                 for register in span:
                     register.busy = False
 
+    async def _next(self) -> bool:
+        await asyncio.sleep(self.world.chance.expovariate(1 / 0.01))
+        return self.running
+
     async def write(self, first: int, count: int, discard: bool = False) -> bool:
         world = self.world
         span = self.registers[first : first + count]
@@ -127,8 +133,11 @@ class Guest:
         except UkaiError as e:
             world.note(f"write {first}+{count} failed: {e.message}")
             acknowledged = False
-        if not self.running and not acknowledged:
+        if self.dead:
+            for register, value in zip(span, values, strict=True):
+                register.pending.discard(value)
             return False
+        self.wrote = self.wrote or acknowledged
         for register, value in zip(span, values, strict=True):
             register.write_ends(value, acknowledged)
         world.note(f"{self.frontend.node} write {first}+{count} {values[0]}.. {'ok' if acknowledged else 'failed'}")
@@ -180,6 +189,5 @@ class Guest:
         self.world.count("flushes")
         self.world.note("flushed")
         for register, values in covered:
-            register.unflushed = (register.unflushed | register.possible) - (set() if register.pending else set())
-            register.unflushed = set(register.possible) | values
+            register.unflushed = register.possible | values
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,10 @@ class Result:
     trace: list[str]
     counts: dict[str, int]
     faults: dict[str, int] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Names the trace."""
+        return hashlib.sha256("\n".join(self.trace).encode()).hexdigest()
 
 
 class Scenario:
@@ -62,10 +67,14 @@ class Scenario:
         world.start_metad()
         for node in NODES:
             world.start_blockd(node)
-        await self._until("all nodes are registered", lambda: all(b.core.registered for b in world.blockds.values()), 10)
+        await self._until(
+            "all nodes are registered", lambda: all(b.core.registered for b in world.blockds.values()), 10
+        )
         places = list(NODES[: p["locations"]]) if p["local"] else list(NODES[-p["locations"] :])
         size = BLOCKS * BLOCK_BYTES
-        await world.ctl("image.create", name="disk", size=size, block_size=BLOCK_BYTES, locations=places, hypervisors=list(NODES))
+        await world.ctl(
+            "image.create", name="disk", size=size, block_size=BLOCK_BYTES, locations=places, hypervisors=list(NODES)
+        )
         world.net.repeat, world.lossy_publish = p["repeat"], p["lossy_publish"]
         self._boot_guest(NODES[0])
         watcher = self._task(self._watch())
@@ -94,6 +103,9 @@ class Scenario:
 
     # --- guests
 
+    def _present(self) -> Guest | None:
+        return self.guest
+
     def _boot_guest(self, node: str) -> None:
         frontend = Frontend(self.world, node)
         self.world.note(f"a guest starts on {node}")
@@ -109,12 +121,7 @@ class Scenario:
             return
         self.guest = None
         guest.running = False
-        for _ in range(2000):
-            if not any(r.busy for r in self.registers):
-                break
-            await asyncio.sleep(0.01)
-        else:
-            self.world.violation("a guest's request is never answered")
+        await self._quiet()
         if flush:
             await guest.flush()
         await guest.frontend.close()
@@ -195,55 +202,68 @@ class Scenario:
 
     async def _power_cut(self, node: str) -> None:
         """A machine loses power: its guest, its blockd and what its disk had not stored."""
-        if not self.world.blockds[node].alive:
+        world = self.world
+        if not world.blockds[node].alive:
             return
-        if self.guest is not None and self.guest.frontend.node == node:
-            guest, self.guest = self.guest, None
-            guest.running = False
-            guest.frontend.closed = True
-            self.world.kill_blockd(node, power=True)
-            self._lost_with(node)
-            for _ in range(2000):
-                if not any(r.busy for r in self.registers):
-                    break
-                await asyncio.sleep(0.01)
-        else:
-            self.world.kill_blockd(node, power=True)
-            self._lost_with(node)
-        await asyncio.sleep(self.world.chance.uniform(0.05, 2))
+        guest = self.guest
+        with_guest = guest is not None and guest.frontend.node == node
+        if guest is not None and with_guest:
+            self.guest = None
+            guest.running, guest.dead, guest.frontend.closed = False, True, True
+        world.kill_blockd(node, power=True)
+        lost = self._lost_with(node)
+        if with_guest:
+            await self._quiet()
+        elif lost and self.guest is not None:
+            # a living guest whose last copy lost power hears of it at its next fsync: it is started anew then
+            for register in lost:
+                register.shaky = True
+            asyncio.get_running_loop().call_later(world.chance.uniform(0.05, 2), self._start_blockd, node)
+            await self._end_guest(flush=False)
+            for register in lost:
+                register.shaky = False
+            self._boot_guest(world.chance.choice(NODES))
+            return
+        await asyncio.sleep(world.chance.uniform(0.05, 2))
         self._start_blockd(node)
         if self.guest is None:
-            self._boot_guest(self.world.chance.choice(NODES))
+            self._boot_guest(world.chance.choice(NODES))
 
-    def _lost_with(self, node: str) -> None:
-        """What only lay in page caches of machines that lost power may be gone: no storage can keep that."""
+    def _lost_with(self, node: str) -> list[Register]:
+        """The sectors of which all that only lay in page caches may be gone: no storage can keep that."""
         self.powerless.add(node)
-        image = next(iter(self.world.database.load().images.values()), None)
-        if image is None:
-            return
-        for block in range(BLOCKS):
-            good = {n for n, r in image.replicas(block).items() if r.status == IN_SYNC}
+        image = next(iter(self.world.database.committed.images.values()), None)
+        found: list[Register] = []
+        for block in range(BLOCKS) if image is not None else ():
+            good = {n for n, r in image.replicas(block).items() if r.status == IN_SYNC}  # type: ignore[union-attr]
             if good <= self.powerless:
                 at = block * BLOCK_BYTES // SECTOR
-                for register in self.registers[at : at + BLOCK_BYTES // SECTOR]:
-                    register.may_be_lost()
+                found += self.registers[at : at + BLOCK_BYTES // SECTOR]
+        for register in found:
+            register.may_be_lost()
+        return found
+
+    async def _quiet(self) -> None:
+        """Wait until no guest has a request under way."""
+        for _ in range(2000):
+            if not any(r.busy for r in self.registers):
+                return
+            await asyncio.sleep(0.01)
+        self.world.violation("a guest's request is never answered")
 
     async def _zombie(self, node: str) -> None:
         """The administrator starts the machine elsewhere while the old one may still run."""
         old = self.guest
-        if old is None or old.frontend.node == node:
-            return
+        if old is None or old.frontend.node == node or not old.wrote:
+            return  # one that never wrote may still become the writer
         self.guest = None
         self.old_guests.append(old)
         old.running = False
-        for _ in range(2000):
-            if not any(r.busy for r in self.registers):
-                break
-            await asyncio.sleep(0.01)
+        await self._quiet()
         self._boot_guest(node)
-        new = self.guest
+        new = self._present()
         end = world_time() + 8
-        while world_time() < end and self.world.counts.get("acknowledged", 0) >= 0:
+        while world_time() < end:
             if new is not None and await self._took_over(new):
                 break
             await asyncio.sleep(0.1)
@@ -265,7 +285,7 @@ class Scenario:
         await old.frontend.close()
 
     async def _took_over(self, guest: Guest) -> bool:
-        image = next(iter(self.world.database.load().images.values()))
+        image = next(iter(self.world.database.committed.images.values()))
         return image.writer == guest.frontend.node
 
     # --- oracles
@@ -278,7 +298,7 @@ class Scenario:
     def check_replicas(self) -> None:
         """In-sync replicas differ only in active blocks; the last copy is never lost."""
         world = self.world
-        for image in world.database.load().images.values():
+        for image in world.database.committed.images.values():
             for block in range(image.block_count):
                 replicas = image.replicas(block)
                 good = [n for n, r in replicas.items() if r.status == IN_SYNC]
@@ -304,12 +324,16 @@ class Scenario:
                 world.kill_blockd(node)
             self._start_blockd(node)
         self._start_metad()
-        await self._until("all nodes are registered again", lambda: all(b.core.registered for b in world.blockds.values()), 20)
+        await self._until(
+            "all nodes are registered again", lambda: all(b.core.registered for b in world.blockds.values()), 20
+        )
         if self.guest is None:
             self._boot_guest(NODES[0])
         await asyncio.sleep(CONFIG.io_timeout)
         before = world.counts.get("acknowledged", 0)
-        await self._until("writes go on", lambda: world.counts.get("acknowledged", 0) > before + 3, 3 * CONFIG.io_timeout)
+        await self._until(
+            "writes go on", lambda: world.counts.get("acknowledged", 0) > before + 3, 3 * CONFIG.io_timeout
+        )
         end = world_time() + HEAL_LIMIT_S
         while not self._all_in_sync():
             if world_time() > end:
@@ -320,10 +344,7 @@ class Scenario:
         guest = self.guest
         assert guest is not None
         guest.running = False
-        for _ in range(2000):
-            if not any(r.busy for r in self.registers):
-                break
-            await asyncio.sleep(0.01)
+        await self._quiet()
         for sector in range(len(self.registers)):
             if not await guest.read(sector, 1):
                 world.violation(f"sector {sector} can't be read after healing")
@@ -331,16 +352,16 @@ class Scenario:
         await guest.frontend.close()
         await asyncio.sleep(CONFIG.role_linger + 3)
         self.check_replicas()
-        image = next(iter(world.database.load().images.values()))
+        image = next(iter(world.database.committed.images.values()))
         if image.writer or len(image.active):
             world.violation(f"after the last close: writer {image.writer!r}, active {list(image.active)}")
 
     def _statuses(self) -> dict[str, list[Any]]:
-        image = next(iter(self.world.database.load().images.values()))
+        image = next(iter(self.world.database.committed.images.values()))
         return {n: list(where) for n, where in image.locations.items()}
 
     def _all_in_sync(self) -> bool:
-        image = next(iter(self.world.database.load().images.values()))
+        image = next(iter(self.world.database.committed.images.values()))
         return all(r.status == IN_SYNC for where in image.locations.values() for _, _, r in where)
 
 

@@ -73,7 +73,13 @@ class Network:
         return chance.expovariate(1 / self.slow) if chance.random() < 0.98 else chance.uniform(0, 60 * self.slow)
 
     def pass_on(
-        self, connection: Connection, to_server: bool, target: Process | None, deliver: Callable[..., None], frame: bytes, payload: bytes | None
+        self,
+        connection: Connection,
+        to_server: bool,
+        target: Process | None,
+        deliver: Callable[..., None],
+        frame: bytes,
+        payload: bytes | None,
     ) -> None:
         """One message, in order with the others of its connection and direction."""
         a, b = connection.client_host, connection.server
@@ -185,15 +191,16 @@ class Blockd:
         )
         self.core = BlockCore(CONFIG, self.node, self.store, self.mirror, ports, Metrics())
         loop = asyncio.get_running_loop()
-        for work in (self.core.keep_registered(), self.core.keep_house()):
-            loop.create_task(work)
+        self.background = [loop.create_task(self.core.keep_registered()), loop.create_task(self.core.keep_house())]
 
     async def _run_disk(self, function: Callable[..., Any], *args: Any) -> Any:
         await asyncio.sleep(self.world.chance.uniform(0.0001, 0.003))
         return function(*args)
 
     async def _metad(self, op: str, fields: Header, timeout_s: float) -> Header:
-        reply = await self.world.ask_metad(self.node, self.process, {**fields, "op": op, "since": self.mirror.seq}, timeout_s)
+        reply = await self.world.ask_metad(
+            self.node, self.process, {**fields, "op": op, "since": self.mirror.seq}, timeout_s
+        )
         self.mirror.take_reply(reply)
         return reply
 
@@ -203,8 +210,15 @@ class Database:
 
     def __init__(self) -> None:
         self.entries: list[tuple[int, float, str, Any]] = []
+        self.committed = Cluster(cluster_id="cluster")
+        """What the entries amount to, for the oracles."""
         self.fail = 0
         """How many of the next commits fail."""
+
+    def commit(self, batch: list[tuple[int, float, str, Any]]) -> None:
+        self.entries.extend(batch)
+        for _, _, _, change in batch:
+            self.committed.apply(messages.unpack(messages.pack(dict(change))))
 
     def load(self) -> Cluster:
         cluster = Cluster(cluster_id="cluster")
@@ -269,7 +283,7 @@ class Metad:
                     barrier.exception()
                 self._barriers = []
                 break
-            self.world.database.entries.extend(batch)
+            self.world.database.commit(batch)
             for seq, _, cause, change in batch:
                 self.world.note(f"change {seq} {cause}: {change}")
             self.world.check_sequence(batch)
@@ -297,7 +311,9 @@ class Metad:
         async def serve(header: Header) -> Header:
             return await world.blockds[node].core.called(header)
 
-        return await world.ask(METAD, node, self.process, lambda: world.blockds.get(node), serve, {**fields, "op": op}, timeout_s)
+        return await world.ask(
+            METAD, node, self.process, lambda: world.blockds.get(node), serve, {**fields, "op": op}, timeout_s
+        )
 
     # publishing
 
@@ -350,14 +366,19 @@ class Metad:
             reply = messages.error_reply(e)
         durable = self.durable()
         await durable
-        out: Header = {**reply, "seq": self.core.cluster.seq, "inc": self.inc, "cluster_id": self.core.cluster.cluster_id}
+        out: Header = {
+            **reply,
+            "seq": self.core.cluster.seq,
+            "inc": self.inc,
+            "cluster_id": self.core.cluster.cluster_id,
+        }
         if isinstance(since, int):
             stored = self.world.database.entries
             if 0 <= since <= len(stored) and self.world.chance.random() < 0.9:
                 out["changes"] = [list(e) for e in stored[since:]]
                 out["seq"] = len(stored)
             else:
-                out["snapshot"] = self.world.database.load().snapshot()
+                out["snapshot"] = self.world.database.committed.snapshot()
         return out
 
 
@@ -445,7 +466,9 @@ class World:
         future: asyncio.Future[bytes] = loop.create_future()
         connection = Connection(self.net, process or Process("outside"), source, target)
         running = server()
-        while self.net.blocked(source, target) or self.net.blocked(target, source) or running is None or not running.alive:
+        while (
+            self.net.blocked(source, target) or self.net.blocked(target, source) or running is None or not running.alive
+        ):
             if loop.time() >= deadline:
                 raise Unreachable(f"{target} can't be reached")
             await asyncio.sleep(0.05)
@@ -463,7 +486,7 @@ class World:
                     self.net.pass_on(connection, False, process or OUTSIDE, answered, messages.pack(dict(reply)), None)
 
             if host is server():
-                loop.create_task(work())
+                host.process.tasks.append(loop.create_task(work()))
 
         def answered(frame: bytes, _payload: bytes | None) -> None:
             if not future.done():
@@ -501,6 +524,11 @@ class World:
 OUTSIDE = Process("outside")
 
 
+def _resolve(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
 class Frontend:
     """The frontend's decisions about one handle on one node, with the blockd of that node over ipc."""
 
@@ -535,12 +563,14 @@ class Frontend:
             kept = None if data is None else bytes(data)
             token = CURRENT.set(None)
             try:
-                loop.call_later(0.00005, lambda: future.done() or future.set_result((copy, kept)))
+                loop.call_later(0.00005, _resolve, future, (copy, kept))
             finally:
                 CURRENT.reset(token)
 
         frame = messages.pack(dict(header))
-        within(server.process, loop.call_soon, lambda: server.core.from_frontend(messages.unpack(frame), payload, reply))
+        within(
+            server.process, loop.call_soon, lambda: server.core.from_frontend(messages.unpack(frame), payload, reply)
+        )
         deadline = loop.time() + timeout_s
         while True:
             done, _ = await asyncio.wait({future}, timeout=min(0.05, max(deadline - loop.time(), 0)))

@@ -74,6 +74,7 @@ class Core:
         self.run_disk = ports.run_disk
         self.replica = Replica(store, self.inc, ports.new_token(), ports.run_disk)
         self.replica.on_epoch = self._epoch_seen
+        self.replica.boot_id = ports.boot_id
         self.lease_until = float("-inf")
         self.registered = False
         self.problem = ""
@@ -139,6 +140,7 @@ class Core:
                 catch_up=self._catch_up_to,
                 roles=self.roles,
                 on_stale=self._epoch_seen,
+                on_reboot=self._rebooted,
                 wall=self.ports.wall,
             )
         return peer
@@ -156,6 +158,11 @@ class Core:
         c = self.coordinators.get(uuid)
         if c is not None and c.held and epoch > c.epoch:
             c.lose(f"epoch {epoch} has begun")
+
+    def _rebooted(self, node: str) -> None:
+        for c in self.coordinators.values():
+            if c.held:
+                c.flusher.rebooted(node)
 
     def role_lost(self, uuid: str) -> None:
         self.resyncs.pop(uuid, None)
@@ -286,9 +293,14 @@ class Core:
         mine = [h for h in self.handles.values() if h.frontend == frontend]
         for handle in mine:
             del self.handles[handle.number]
-            handle.coordinator.idle_since = self.now()
+            self._handle_gone(handle.coordinator)
         if mine:
             log.warning("the frontend %s; its %d open handles are closed", why, len(mine))
+
+    def _handle_gone(self, c: Coordinator) -> None:
+        c.idle_since = self.now()
+        if not any(h.coordinator is c for h in self.handles.values()):
+            c.flusher.lost = ""  # whoever opens the image next sees what there is
 
     async def _look_after(self, c: Coordinator, used: bool) -> None:
         job = self.mirror.cluster.jobs.get(c.uuid)
@@ -560,7 +572,7 @@ class Core:
     def _close(self, header: Header, _payload: Payload | None, reply: Reply) -> None:
         handle = self.handles.pop(integer(header, "h"), None)
         if handle is not None:
-            handle.coordinator.idle_since = self.now()
+            self._handle_gone(handle.coordinator)
         reply({}, None)
 
     def _stat(self, header: Header, _payload: Payload | None, reply: Reply) -> None:

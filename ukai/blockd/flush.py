@@ -7,14 +7,18 @@ last copy is an error, now and whenever it is asked again.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
-from ukai.errors import DiskError, UkaiError
+from ukai.errors import DiskError, UkaiError, Unreachable
 from ukai.model import IN_SYNC, OUT_OF_SYNC
 from ukai.ranges import RangeSet, join
 
 if TYPE_CHECKING:
     from ukai.blockd.coordinator import Coordinator
+
+
+log = logging.getLogger(__name__)
 
 
 class Flusher:
@@ -24,6 +28,8 @@ class Flusher:
         self._c = coordinator
         self.unflushed: dict[str, set[int]] = {}
         """node → blocks written there since the last flush."""
+        self.lost = ""
+        """Why acknowledged writes are gone, until the last handle is closed: no flush succeeds meanwhile."""
         self._lock = asyncio.Lock()
 
     def dirty(self, block: int, nodes: tuple[str, ...]) -> None:
@@ -42,9 +48,24 @@ class Flusher:
                 if replica.status == IN_SYNC:
                     self.dirty(block, (node,))
 
+    def rebooted(self, node: str) -> None:
+        """The machine of a replica was started anew: what was not flushed there is gone.
+
+        Where other in-sync copies have it, metad has taken this one out-of-sync.  Where it was the last copy, the
+        guest must hear of it: its next fsync fails (R7).
+        """
+        for block in sorted(self.unflushed.get(node, ())):
+            replica = self._c.image.replica(node, block)
+            if replica is not None and replica.status == IN_SYNC:
+                self.lost = f"node {node} was started anew before block {block}, whose last copy it has, was flushed"
+                log.error("image %s: %s", self._c.image.name, self.lost)
+                return
+
     async def flush(self) -> None:
         """Raises DiskError when the last copy of a block could not be flushed, UkaiError when metad can't be told."""
         async with self._lock:
+            if self.lost:
+                raise DiskError(self.lost)
             work, self.unflushed = self.unflushed, {}
             try:
                 await self._flush(work)
@@ -60,7 +81,8 @@ class Flusher:
                 if hot is not None:
                     hot.clean = True
         nodes = [n for n, blocks in work.items() if blocks]
-        done = await asyncio.gather(*(self._one(n, work[n]) for n in nodes))
+        away: dict[str, str] = {}
+        done = await asyncio.gather(*(self._one(n, work[n], away) for n in nodes))
         marks = []
         for node, failed in zip(nodes, done, strict=True):
             for block, reason in failed.items():
@@ -68,11 +90,17 @@ class Flusher:
                 if replica is not None and replica.status != OUT_OF_SYNC:
                     marks.append((block, node, reason))
         kept = await self._c.marker.mark(marks) if marks else []
+        if self.lost:
+            raise DiskError(self.lost)
         if kept:
-            reasons = {(b, n): r for b, n, r in marks}
-            raise DiskError(f"flush failed on the last copy at node {kept[0][1]}: {reasons[kept[0]]}")
+            block, node = kept[0]
+            if all(n in away for _, n in kept):
+                raise Unreachable(f"node {node} has the last copy of block {block}, and can't be asked: {away[node]}")
+            reason = next(r for b, n, r in marks if (b, n) == kept[0])
+            raise DiskError(f"flush failed on the last copy at node {node}: {reason}")
 
-    async def _one(self, node: str, blocks: set[int]) -> dict[int, str]:
+    async def _one(self, node: str, blocks: set[int], away: dict[str, str]) -> dict[int, str]:
+        """block → reason of those that failed; a node that could not be asked is noted in ``away``."""
         c = self._c
         try:
             if node == c.own:
@@ -81,6 +109,8 @@ class Flusher:
             reply, _ = await c.core.peer(node).ask("f", fields, numbered=True)
             return {int(b): str(reason) for b, reason in reply["failed"]}
         except UkaiError as e:
+            if e.retry:
+                away[node] = e.message
             return dict.fromkeys(blocks, e.message)
         except (KeyError, TypeError, ValueError) as e:
             return dict.fromkeys(blocks, f"its answer to a flush can't be read: {type(e).__name__}")

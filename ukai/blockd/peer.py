@@ -59,6 +59,7 @@ class Peer:
         catch_up: Callable[[int], Awaitable[None]],
         roles: Callable[[], dict[str, int]],
         on_stale: Callable[[str, int], None],
+        on_reboot: Callable[[str], None],
         wall: Callable[[], float],
     ) -> None:
         self.node, self.state = node, DOWN
@@ -70,6 +71,7 @@ class Peer:
         self._timeout_s, self._beat_s = replica_timeout_s, beat_interval_s
         self._patience_s = max(replica_timeout_s, io_timeout_s / 2)
         self._catch_up, self._roles, self._on_stale, self._wall = catch_up, roles, on_stale, wall
+        self._on_reboot, self._boot = on_reboot, ""
         self._attempts = itertools.count(1)
         self._ids = itertools.count(1)
         self._waiting: dict[int, tuple[float, int, Done]] = {}
@@ -214,6 +216,10 @@ class Peer:
         if type(token) is not int or type(seq) is not int:
             raise NotReady("answered hello without a token")
         await self._catch_up(seq)
+        boot = str(reply.get("boot", ""))
+        if self._boot not in ("", boot):
+            self._on_reboot(self.node)
+        self._boot = boot
         self._token, self._number = token, 0
         self.state = UP
         self.confirmed_at = float("-inf")

@@ -45,6 +45,8 @@ class Replica:
         self.store, self.inc, self.run_disk = store, inc, run_disk
         self.registered_seq = -1
         """Metadata sequence at which this process was registered; −1: not yet, and no session is opened (R8)."""
+        self.boot_id = ""
+        """Names the run of the kernel: what was not flushed does not outlive it."""
         self._tokens = itertools.count(first_token)
         self.sessions: dict[int, Session] = {}
         self.by_node: dict[str, Session] = {}
@@ -115,7 +117,8 @@ class Replica:
             self._end(next(iter(self.by_node.values())))
         session = Session(node, inc, attempt, next(self._tokens))
         self.sessions[session.token] = self.by_node[node] = session
-        return {"token": session.token, "inc": self.inc, "registered_seq": self.registered_seq}, None
+        answer = {"token": session.token, "inc": self.inc, "registered_seq": self.registered_seq}
+        return {**answer, "boot": self.boot_id}, None
 
     def _end(self, session: Session) -> None:
         self.sessions.pop(session.token, None)

@@ -1,0 +1,1 @@
+"""The simulator: the decision code of the three daemons under seeds."""

@@ -1,0 +1,51 @@
+"""Seeds of the simulator: zero violations, the same trace from the same seed, and faults that really happen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.sim.run import worker
+from tests.sim.scenario import FAULTS
+
+FIRST, COUNT, GROUP, HANDS = 1, 300, 60, 2
+SECONDS = 6.0
+
+FAILED_ONCE = (5, 34, 55, 72, 94, 105, 115, 142, 207)
+"""Seeds that found a defect when they were new; run at full length."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, GROUP))
+def test_no_seed_fails(first: int) -> None:
+    workers = [worker(first + hand, GROUP - hand, HANDS, SECONDS) for hand in range(HANDS)]
+    records = []
+    for process in workers:
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        records += [json.loads(line) for line in out.splitlines()]
+    failed = [(r["seed"], r["violations"][:2], r["parameters"]) for r in records if r["violations"]]
+    assert not failed
+    assert sorted(r["seed"] for r in records) == list(range(first, first + GROUP))
+    happened = {kind for r in records for kind in r["faults"]}
+    assert happened == set(FAULTS), "a kind of fault that never happened proves nothing"
+    assert sum(r["counts"].get("acknowledged", 0) for r in records) > 50 * GROUP
+    assert sum(r["counts"].get("reads", 0) for r in records) > 50 * GROUP
+
+
+@pytest.mark.slow
+def test_seeds_that_failed_once() -> None:
+    for seed in FAILED_ONCE:
+        process = worker(seed, 1, 1, 12.0)
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        assert json.loads(out)["violations"] == []
+
+
+def test_one_seed_gives_one_trace() -> None:
+    digests = set()
+    for _ in range(2):
+        out, _ = worker(3, 1, 1, 4.0).communicate()
+        digests.add(json.loads(out)["digest"])
+    assert len(digests) == 1
