@@ -101,7 +101,7 @@ class Coordinator:
         self.core, self.uuid, self.own = core, uuid, core.node
         self.epoch = 0
         self.held = False
-        self._purpose = ""
+        self._purpose = self._hindrance = ""
         self.frozen: asyncio.Event | None = None
         """While the role is being given up: requests wait for it."""
         self.hot: dict[int, Hot] = {}
@@ -189,7 +189,13 @@ class Coordinator:
             except UkaiError as e:
                 if not e.retry or self.now() >= deadline:
                     raise
+                self._hindrance = e.message
             await asyncio.sleep(RETRY_S)
+
+    def _late(self, what: str) -> Timeout:
+        """The error of a request that ran out of time; it says what kept the role away, if that did (R3)."""
+        why = f": {self._hindrance}" if self._hindrance else ""
+        return Timeout(f"image {self._name()}: the {what} could not be completed within io_timeout{why}")
 
     def _suffices(self, purpose: str) -> bool:
         """Whether the role is held for this purpose: one taken to read or to resync stops no other machine (R2)."""
@@ -201,7 +207,7 @@ class Coordinator:
         epoch, holders = int(reply["epoch"]), [str(n) for n in reply["holders"]]
         fenced = [n for n in await asyncio.gather(*(self._fence(n, epoch) for n in holders)) if n]
         await core.metad("grant.commit", {"image": self.uuid, "epoch": epoch, "fenced": fenced})
-        self.epoch, self.held, self._purpose = epoch, True, purpose
+        self.epoch, self.held, self._purpose, self._hindrance = epoch, True, purpose, ""
         self.idle_since = self.now()
         self.changed(None)
         self.marker = Marker(self._send_marks, self._suspect)
@@ -412,7 +418,7 @@ class Coordinator:
                 if sync:
                     await self.flusher.flush()
         except TimeoutError:
-            done(Timeout(f"image {self._name()}: the write could not be completed within io_timeout"))
+            done(self._late("write"))
         except UkaiError as e:
             done(e)
         else:
@@ -626,7 +632,7 @@ class Coordinator:
             async with asyncio.timeout_at(deadline):
                 data = await self.read_anyhow(offset, length, deadline)
         except TimeoutError:
-            done(Timeout(f"image {self._name()}: the read could not be completed within io_timeout"), None)
+            done(self._late("read"), None)
         except UkaiError as e:
             done(e, None)
         else:
