@@ -34,7 +34,7 @@ def start(core: Core, fields: Header) -> Header:
     ranges = wanted_blocks(image, fields)
     rate = _rate(fields)
     job = core.cluster.jobs.get(image.uuid)
-    if job is not None and job.state == "running":
+    if job is not None and job.state == "running" and job.reason != roles.RECONCILE:
         raise Busy(
             f"a resync of image {image.name} is under way; see: ukai-ctl sync status {image.name}, "
             f"or stop it with: ukai-ctl sync stop {image.name}"

@@ -27,6 +27,9 @@ from ukai.metad.core import Core, Pending, Session, settle
 from ukai.model import IN_SYNC, Change, Image
 from ukai.ranges import show
 
+RECONCILE = "compares the blocks that were being written when the writer stopped"
+"""Reason of an order that metad itself gave: an administrator's order takes its place."""
+
 PENDING_S = 1.0
 """How much longer than replica_timeout a reserved role is left to the node that reserved it."""
 
@@ -196,11 +199,23 @@ def grant_commit(core: Core, fields: Header) -> Header:
             f"{blocks} are there, and it can't be reached"
         )
     changes: list[Change] = [{"t": "image", "uuid": image.uuid, "writer": node}]
-    changes += replicas.changes(image, replicas.reconciled(image, node, fenced))
+    astray = replicas.reconciled(image, node, fenced)
+    changes += replicas.changes(image, astray)
     changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
+    changes += _reconcile(core, image, astray, core.cluster.seq + len(changes) + 1)
     core.commit(changes, f"{node} is the writer of {image.name}")
     _settle(core, image.uuid)
     return {}
+
+
+def _reconcile(core: Core, image: Image, astray: dict[str, replicas.Rows], number: int) -> list[Change]:
+    """The order to compare what may differ after the writer's end, where no other order is under way (R5)."""
+    job = core.cluster.jobs.get(image.uuid)
+    if not astray or (job is not None and job.state == "running"):
+        return []
+    order: Change = {"t": "job", "uuid": image.uuid, "state": "running", "reason": RECONCILE, "number": number}
+    ranges = [list(r) for r in image.active]
+    return [order | {"nodes": sorted(astray), "ranges": ranges, "started": core.ports.wall(), "rate": -1}]
 
 
 def _settle(core: Core, uuid: str) -> None:
