@@ -89,7 +89,7 @@ def _lower(text: str) -> str:
 
 def _report(session: Session, code: str, message: str, exit_code: int, details: dict[str, Any] | None = None) -> int:
     line = " ".join(message.split())
-    sys.stderr.write(line + "\n" if line.startswith("ukai-ctl ") else f"ukai-ctl: {line}\n")
+    sys.stderr.write(line + "\n" if line.startswith(("ukai-ctl ", "ukai-ctl:")) else f"ukai-ctl: {line}\n")
     if session.as_json or "--json" in sys.argv[1:]:
         sys.stdout.write(json.dumps({"error": code, "message": line, "details": details or {}}) + "\n")
     try:
