@@ -104,6 +104,12 @@ def read_all(path: Path) -> bytes:
         return b"".join(iter(lambda: disk.read(1 << 20), b""))
 
 
+def read_at(path: Path, offset: int, length: int) -> bytes:
+    """One open, one read."""
+    with path.open("rb", buffering=0) as disk:
+        return os.pread(disk.fileno(), length, offset)
+
+
 def write_at(path: Path, offset: int, data: bytes, *, fsync: bool = True) -> None:
     """One open, one write, and an fsync."""
     with path.open("r+b", buffering=0) as disk:

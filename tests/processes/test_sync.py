@@ -13,7 +13,6 @@ from tests.machine import wait_for
 from tests.processes.guest import (
     MARKED,
     QUICK,
-    RECORD_BYTES,
     MakeCluster,
     Recorder,
     create,
@@ -26,6 +25,7 @@ from tests.processes.guest import (
     wait_unavailable,
     write_at,
 )
+from tests.processes.recorder import RECORD_BYTES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fuse, pytest.mark.expect_log(MARKED)]
 

@@ -14,7 +14,6 @@ from tests.machine import tool, unmount, wait_for
 from tests.processes.guest import (
     MARKED,
     QUICK,
-    RECORD_BYTES,
     MakeCluster,
     Recorder,
     create,
@@ -25,6 +24,7 @@ from tests.processes.guest import (
     wait_unavailable,
     write_at,
 )
+from tests.processes.recorder import RECORD_BYTES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fuse]
 
@@ -167,8 +167,7 @@ def test_full_disk(small_filesystem: Path, make_cluster: MakeCluster, tmp_path: 
     assert read_all(pair) == content
 
     with pytest.raises(OSError, match="No space left") as refused:
-        for block in range(2, 16):
-            write_at(solo, block * BLOCK, os.urandom(BLOCK))
+        write_at(solo, 2 * BLOCK, os.urandom(14 * BLOCK))
     assert refused.value.errno == errno.ENOSPC
     assert cluster.image("solo")["health"] == "ok", "the last copy stays (R9)"
     assert read_all(solo)[: len(kept)] == kept
