@@ -191,10 +191,16 @@ def usable(rows: dict[str, Rows]) -> dict[str, list[list[int]]]:
 
 
 def summary(rows: dict[str, Rows]) -> list[str]:
-    """Notes about what was set out-of-sync, one per location and reason."""
+    """Notes about what was set out-of-sync, one per location and reason, and about what nobody has a file of."""
     found: dict[tuple[str, str], RangeSet] = {}
+    empty = RangeSet()
     for node, items in rows.items():
-        for first, last, status, _, reason in items:
+        for first, last, status, generation, reason in items:
             if status == OUT_OF_SYNC:
                 found.setdefault((node, reason), RangeSet()).add(first, last)
-    return [f"{node}: blocks {show(ranges)} are out-of-sync: {reason}" for (node, reason), ranges in found.items()]
+            elif generation == 0:
+                empty.add(first, last)
+    notes = [f"{node}: blocks {show(ranges)} are out-of-sync: {reason}" for (node, reason), ranges in found.items()]
+    if len(empty):
+        notes.append(f"no location has a file of blocks {show(empty)}: never written, they read as zeros")
+    return notes
