@@ -72,7 +72,7 @@ def test_frozen_writer_is_fenced(make_cluster: MakeCluster, what: str) -> None:
 @pytest.mark.expect_log(MARKED)
 @pytest.mark.expect_log(r"(write|fsync) of disk failed|open handles are closed|blockd")
 def test_killed_writer_node(make_cluster: MakeCluster, tmp_path: Path) -> None:
-    """All of the writer's node dies under load; opened on another hypervisor, the image has all that was acknowledged."""
+    """All of the writer's node dies under load; on another hypervisor the image has all that was acknowledged."""
     cluster = make_cluster(nodes=3, frontends=(2, 3), settings=QUICK)
     disk = create(cluster, locations=(2, 3), hypervisors=(2, 3))
     there = cluster.path("disk", 3)
