@@ -66,7 +66,7 @@ def test_requests_bytes_errors_and_what_is_under_way(stand: Stand) -> None:
             ("ukai_requests_total", "read", "disk"): 1,
             ("ukai_bytes_total", "read", "disk"): 500,
             ("ukai_requests_total", "flush", "disk"): 1,
-            ("ukai_requests_total", "zero", "disk"): 1,
+            ("ukai_requests_total", "discard", "disk"): 1,
             ("ukai_requests_total", "open", "disk"): 1,
             ("ukai_latency_seconds_count", "write", "disk"): 3,
             ("ukai_inflight_requests", "", ""): 1,

@@ -148,16 +148,16 @@ class Coordinator:
         kept = [k[:3] for k in reply.get("kept", [])]
         for node, first, last, reason in marks:
             if [node, first, last] in kept:
-                log.error("image %s: last copy, blocks %s-%s at node %s: %s", self._name(), first, last, node, reason)
+                log.error("image %s: last copy, blocks %s-%s at node %s: %s", self.name(), first, last, node, reason)
             else:
-                log.warning("image %s: blocks %s-%s at %s out-of-sync: %s", self._name(), first, last, node, reason)
+                log.warning("image %s: blocks %s-%s at %s out-of-sync: %s", self.name(), first, last, node, reason)
         return reply
 
     def _suspect(self, block: int) -> None:
         self.hot.pop(block, None)
         self.reads.pop(block, None)
 
-    def _name(self) -> str:
+    def name(self) -> str:
         image = self.core.mirror.cluster.images.get(self.uuid)
         return image.name if image is not None else self.uuid
 
@@ -195,7 +195,7 @@ class Coordinator:
     def _late(self, what: str) -> Timeout:
         """The error of a request that ran out of time; it says what kept the role away, if that did (R3)."""
         why = f": {self._hindrance}" if self._hindrance else ""
-        return Timeout(f"image {self._name()}: the {what} could not be completed within io_timeout{why}")
+        return Timeout(f"image {self.name()}: the {what} could not be completed within io_timeout{why}")
 
     def _suffices(self, purpose: str) -> bool:
         """Whether the role is held for this purpose: one taken to read or to resync stops no other machine (R2)."""
@@ -213,7 +213,7 @@ class Coordinator:
         self.marker = Marker(self._send_marks, self._suspect)
         self.activity.begin(self.image.active, self.now())
         self.flusher.begin(self.image.active)
-        log.info("image %s: this node is the writer, epoch %d", self._name(), epoch)
+        log.info("image %s: this node is the writer, epoch %d", self.name(), epoch)
 
     async def _fence(self, node: str, epoch: int) -> str:
         """Have a replica persist the epoch (R3); the node, or nothing when it can't be reached."""
@@ -229,7 +229,7 @@ class Coordinator:
         except StaleEpoch:
             raise
         except UkaiError as e:
-            log.info("image %s: node %s is not fenced: %s", self._name(), node, e.message)
+            log.info("image %s: node %s is not fenced: %s", self.name(), node, e.message)
             return ""
 
     def holds(self, epoch: int) -> bool:
@@ -239,7 +239,7 @@ class Coordinator:
         """The role went to another node, or can't be told to be ours any more."""
         if not self.held:
             return
-        log.info("image %s: this node is no longer the writer (epoch %d): %s", self._name(), self.epoch, reason)
+        log.info("image %s: this node is no longer the writer (epoch %d): %s", self.name(), self.epoch, reason)
         self.held = False
         self.changed(None)
         self.activity.end()
@@ -263,7 +263,7 @@ class Coordinator:
                     await self.marker.settled(block)
                 clean = self.holds(epoch)
         except (UkaiError, TimeoutError) as e:
-            log.info("image %s: released without a flush: %s", self._name(), e)
+            log.info("image %s: released without a flush: %s", self.name(), e)
         finally:
             self.lose("released")
             if clean:
@@ -477,7 +477,7 @@ class Coordinator:
         """Raises StaleHandle when the node lost the role after the handle was opened (R2)."""
         if handle.epoch < self.image.lost.get(self.own, 0):
             raise StaleHandle(
-                f"image {self._name()} was taken over by another hypervisor; stop this machine, or open the image anew"
+                f"image {self.name()} was taken over by another hypervisor; stop this machine, or open the image anew"
             )
 
     async def _heat(self, block: int, offset: int, end: int) -> Hot | None:
@@ -580,7 +580,7 @@ class Coordinator:
             if trusted - op.failed.keys():
                 kept = await self.marker.mark([(op.block, n, e.message) for n, e in op.failed.items()])
                 if any(n in trusted for _, n in kept):
-                    raise DiskError(f"image {self._name()}: block {op.block} was written to no replica that counts")
+                    raise DiskError(f"image {self.name()}: block {op.block} was written to no replica that counts")
                 return False
             return await self._nowhere(op)
         finally:

@@ -341,6 +341,14 @@ class Core:
         for done in await asyncio.gather(*(self._give_up(c) for c in held), return_exceptions=True):
             if isinstance(done, BaseException):
                 log.info("a role was not released: %s", done)
+        # a writer elsewhere that stops as well wants to flush what it wrote here
+        try:
+            async with asyncio.timeout(self.config.replica_timeout):
+                while any(image.unflushed for image in self.store.images.values()):
+                    self.replica.flushed.clear()
+                    await self.replica.flushed.wait()
+        except TimeoutError:
+            log.info("stopping with writes that no coordinator has flushed")
         self._save_store()
         for peer in self._peers.values():
             peer.close()
@@ -504,7 +512,7 @@ class Core:
     def _answer(self, reply: Reply, c: Coordinator, op: str, size: int) -> Callable[..., None]:
         """Reply and count."""
         began = self.now()
-        stats = self.metrics.op(op, c.uuid)
+        stats = self.metrics.op(op, c.name())
 
         def done(error: UkaiError | None, data: Payload | None = None) -> None:
             stats.done(self.now() - began, size, error is not None)

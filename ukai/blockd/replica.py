@@ -45,6 +45,8 @@ class Replica:
         self.store, self.inc, self.run_disk = store, inc, run_disk
         self.registered_seq = -1
         """Metadata sequence at which this process was registered; −1: not yet, and no session is opened (R8)."""
+        self.flushed = asyncio.Event()
+        """Set when a flush has ended."""
         self.boot_id = ""
         """Names the run of the kernel: what was not flushed does not outlive it."""
         self._tokens = itertools.count(first_token)
@@ -210,6 +212,7 @@ class Replica:
         image.unflushed.difference_update(blocks)
         failed: dict[int, str] = await self.run_disk(image.flush_beside, image.flush_begin(blocks))
         image.flush_end(failed)
+        self.flushed.set()
         # a flush beside this one may have been told of an error that was meant for both
         return failed | {b: image.poisoned[b] for b in blocks if b in image.poisoned}
 

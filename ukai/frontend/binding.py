@@ -101,7 +101,8 @@ class Library:
         options = ["fsname=ukai", "subtype=ukai", "nosuid", "nodev", f"attr_timeout={ATTRIBUTE_SECONDS}"]
         options.append(f"entry_timeout={ATTRIBUTE_SECONDS}")
         if allow_other:
-            options.append("allow_other")
+            # who may open a disk is what chown and chmod say (libvirt gives it to the machine's user)
+            options += ["allow_other", "default_permissions"]
         if self.version[0] == 2:
             options += ["direct_io", "big_writes", f"max_background={MAX_BACKGROUND}"]
         elif self.version >= (3, 12):

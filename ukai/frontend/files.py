@@ -229,7 +229,7 @@ class Files:
         begin = time.perf_counter()
         handle = self._handle(fh)
         parts = core.parts_to_zero(mode, handle.size, handle.block_size, offset, length)
-        stats = self._metrics.op("zero", handle.disk.name)
+        stats = self._metrics.op("discard", handle.disk.name)
         try:
             for at, size in parts:
                 self._client.zero(handle, at, size)

@@ -35,6 +35,8 @@ async def create(core: Core, fields: Header) -> Header:
     replication = messages.text(fields, "replication", 20, default="sync") or "sync"
     if replication not in REPLICATIONS:
         raise UsageError(f"replication {replication!r} {NOT_BUILT}; choose sync")
+    if messages.flag(fields, "checksum"):
+        raise UsageError(f"an image with checksums {NOT_BUILT}; leave --checksum out")
     _check_free(core, name)
     uuid = core.ports.new_uuid()
     core.creating.add(name)
@@ -43,7 +45,7 @@ async def create(core: Core, fields: Header) -> Header:
         last = -(-size // block_size) - 1
         await _prepare(core, locations, {**shape, "mode": "create", "ranges": [[0, last]]}, patience(fields))
         row: Change = {**shape, "hypervisors": hypervisors, "online": True, "replication": replication}
-        row |= {"t": "image", "checksum": messages.flag(fields, "checksum")}
+        row["t"] = "image"
         held = [[0, last, IN_SYNC, 0, ""]]
         places = [{"t": "replicas", "uuid": uuid, "node": n, "ranges": held} for n in locations]
         core.commit([row, *places], "image create")
