@@ -67,9 +67,9 @@ def creation_options(function: Any) -> Any:
             type=click.Choice(["sync", "flush"]),
             default="sync",
             show_default=True,
-            help="sync: a write is done when every copy has it; flush: an fsync is.",
+            help="sync: a write is done when every copy has it.  flush is not possible yet.",
         ),
-        click.option("--checksum", is_flag=True, help="Keep checksums beside the blocks, to find silent corruption."),
+        click.option("--checksum", is_flag=True, help="Checksums beside the blocks; not possible yet."),
     ]
     for option in reversed(options):
         function = option(function)
