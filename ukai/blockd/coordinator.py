@@ -551,6 +551,7 @@ class Coordinator:
                 image = self.core.store.image(self.uuid)
                 for block in blocks:
                     image.ready(block, generation)
+                    await asyncio.sleep(0)
                 return None
             ranges = [[b, b] for b in blocks]
             peer = self.core.peer(node)

@@ -183,12 +183,18 @@ class Replica:
         image.punch(block, offset, length, generation)
         return {}, None
 
-    def _stamp(self, header: Header, _payload: Payload | None) -> Answer:
+    def _stamp(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
         image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
-        blocks = self._blocks(image, header)
-        self._admit(image, epoch)
+        return self._one_by_one(image, epoch, self._blocks(image, header), lambda b: image.ready(b, generation))
+
+    async def _one_by_one(
+        self, image: ImageStore, epoch: int, blocks: list[int], work: Callable[[int], object]
+    ) -> Answer:
+        """Block after block, since each may have to make a file; others are served between two."""
         for block in blocks:
-            image.ready(block, generation)
+            self._admit(image, epoch)
+            work(block)
+            await asyncio.sleep(0)
         return {}, None
 
     def _flush(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
@@ -234,13 +240,9 @@ class Replica:
         if failed:
             raise Damaged(failed[block])
 
-    def _renew(self, header: Header) -> Answer:
+    def _renew(self, header: Header) -> Awaitable[Answer]:
         image, epoch = self._image(header), integer(header, "e")
-        blocks = self._blocks(image, header)
-        self._admit(image, epoch)
-        for block in blocks:
-            image.renew(block)
-        return {}, None
+        return self._one_by_one(image, epoch, self._blocks(image, header), image.renew)
 
     # --- what reads
 

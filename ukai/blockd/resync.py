@@ -247,6 +247,7 @@ class Resync:
             for first, last in ranges:
                 for block in range(first, last + 1):
                     image.renew(block)
+                    await asyncio.sleep(0)
         else:
             await c.core.peer(target).ask("k", {"i": c.uuid, "e": c.epoch, "ranges": ranges})
 
