@@ -542,13 +542,14 @@ class Core:
         c.write(handle, integer(header, "o"), payload, length, sync, self._answer(reply, c, "write", length))
 
     def _flush(self, header: Header, _payload: Payload | None, reply: Reply) -> None:
-        c = self._handle(header).coordinator
+        handle = self._handle(header)
+        c = handle.coordinator
         done = self._answer(reply, c, "flush", 0)
 
         async def flush() -> None:
             try:
                 async with asyncio.timeout(self.config.io_timeout):
-                    await c.flusher.flush()
+                    await c.flusher.fsync(handle, self.now() + self.config.io_timeout)
             except UkaiError as e:
                 done(e)
             except TimeoutError:

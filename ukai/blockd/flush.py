@@ -10,12 +10,12 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from ukai.errors import DiskError, UkaiError, Unreachable
+from ukai.errors import Busy, DiskError, UkaiError, Unreachable
 from ukai.model import IN_SYNC, OUT_OF_SYNC
 from ukai.ranges import RangeSet, join
 
 if TYPE_CHECKING:
-    from ukai.blockd.coordinator import Coordinator
+    from ukai.blockd.coordinator import Coordinator, Handle
 
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,28 @@ class Flusher:
                 self.lost = f"node {node} was started anew before block {block}, whose last copy it has, was flushed"
                 log.error("image %s: %s", self._c.image.name, self.lost)
                 return
+
+    async def fsync(self, handle: Handle, deadline: float) -> None:
+        """A handle's fsync: also what a former process of this node acknowledged is flushed (R7).
+
+        This process may hold no role, because nothing was written since it began, or because metad took it.  Blocks
+        that are active then may be unflushed, and only a coordinator can flush them; where none are, all is flushed.
+        Raises what acquire() and flush() raise, StaleHandle.
+        """
+        c = self._c
+        while not c.held:
+            c.check_handle(handle)
+            image = c.image
+            if not len(image.active):
+                break
+            mine = c.own in (image.writer, image.former)
+            if image.writer and not mine:
+                break  # another node's writes: nothing of this handle is among them
+            try:
+                await c.acquire(handle.epoch, "io" if mine else "read", deadline)
+            except Busy:
+                await c.core.catch_up()
+        await self.flush()
 
     async def flush(self) -> None:
         """Raises DiskError when the last copy of a block could not be flushed, UkaiError when metad can't be told."""
