@@ -17,6 +17,10 @@ from ukai.blockd.disk import Disk
 SECTOR = 512
 
 
+Copy = tuple[dict[str, bytes], set[str]]
+"""Files and directories of a disk at one moment."""
+
+
 class _Inode:
     def __init__(self) -> None:
         self.cache = bytearray()
@@ -38,6 +42,8 @@ class SimDisk(Disk):
         self.fail: dict[str, int] = {}
         """operation → how many of the next ones fail, with EIO."""
         self.full = False
+        self.slow_s = 0.0
+        """How long at most a thread waits for this disk."""
         self.locked = False
 
     def _may_fail(self, what: str) -> None:
@@ -71,6 +77,35 @@ class SimDisk(Disk):
             inode.cache, inode.stable = bytearray(data), bytearray(data)
             inode.dirty.clear()
         self.names_now, self.names_stable = dict(kept), dict(kept)
+
+    # --- what happens to the files while no blockd has them
+
+    def copy(self) -> Copy:
+        """All files as they are now."""
+        return {path: bytes(inode.cache) for path, inode in self.names_now.items()}, set(self.directories)
+
+    def put_back(self, copy: Copy) -> None:
+        """The files of a copy in the place of those there are."""
+        self.names_now = {}
+        for path, data in copy[0].items():
+            inode = self.names_now[path] = _Inode()
+            inode.cache, inode.stable = bytearray(data), bytearray(data)
+        self.names_stable, self.directories = dict(self.names_now), set(copy[1])
+
+    def remove(self, path: str) -> None:
+        self.names_now.pop(path, None)
+        self.names_stable.pop(path, None)
+
+    def shorten(self, path: str, size: int) -> None:
+        inode = self.names_now[path]
+        del inode.cache[size:]
+        del inode.stable[size:]
+
+    def swap(self, other: SimDisk) -> None:
+        """Each machine has the other one's disk."""
+        self.names_now, other.names_now = other.names_now, self.names_now
+        self.names_stable, other.names_stable = other.names_stable, self.names_stable
+        self.directories, other.directories = other.directories, self.directories
 
     # --- the Disk
 
@@ -222,6 +257,12 @@ class SimDisk(Disk):
 
     def make_directories(self, path: str) -> None:
         self.directories.add(path)
+
+
+def stored(disk: SimDisk, path: str) -> bytes:
+    """What a power cut would leave of a file for certain."""
+    inode = disk.names_stable.get(path)
+    return b"" if inode is None else bytes(inode.stable)
 
 
 def contents(disk: SimDisk) -> dict[str, Any]:

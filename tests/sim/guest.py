@@ -87,6 +87,8 @@ class Guest:
         """Its machine lost power: nobody hears its acknowledgements any more."""
         self.wrote = False
         self.size = len(registers)
+        self.mine: dict[int, int] = {}
+        """Sector → the last value that this guest knows to be written."""
 
     async def thread(self) -> None:
         """Random requests, one at a time, on sectors that no other thread of a guest is using."""
@@ -140,10 +142,27 @@ class Guest:
         self.wrote = self.wrote or acknowledged
         for register, value in zip(span, values, strict=True):
             register.write_ends(value, acknowledged)
+        for sector, value in enumerate(values, first):
+            if acknowledged:
+                self.mine[sector] = value
+            else:
+                self.mine.pop(sector, None)
+        if acknowledged:
+            self._everywhere(first, values)
         world.note(f"{self.frontend.node} write {first}+{count} {values[0]}.. {'ok' if acknowledged else 'failed'}")
         world.count("acknowledged" if acknowledged else "failed")
         self._in_time(began, f"write {first}+{count}")
         return acknowledged
+
+    def _everywhere(self, first: int, values: list[int]) -> None:
+        """An acknowledged write is in every replica that counts (R4)."""
+        for sector, value in enumerate(values, first):
+            if self.registers[sector].shaky:
+                continue
+            for node, data in self.world.copies(sector, flushed=False).items():
+                if data != content(value):
+                    self.world.violation(f"write {value} of sector {sector} is acknowledged, {node} does not have it")
+                    return
 
     def _in_time(self, began: float, what: str) -> None:
         from tests.sim.world import CONFIG
@@ -180,14 +199,29 @@ class Guest:
 
     async def flush(self) -> bool:
         covered = [(r, set(r.possible)) for r in self.registers]
+        settled = dict(self.mine)
         try:
             await self.frontend.request({"op": "f"}, None, True)
         except UkaiError as e:
             self.world.note(f"flush failed: {e.message}")
             self.world.count("failed flushes")
+            self.mine.clear()  # it has been told
             return False
         self.world.count("flushes")
         self.world.note("flushed")
+        if not self.dead:
+            self._stored(settled)
         for register, values in covered:
             register.unflushed = register.possible | values
         return True
+
+    def _stored(self, settled: dict[int, int]) -> None:
+        """What this guest wrote before a flush began is on every disk that counts when it has ended (R7)."""
+        for sector, value in settled.items():
+            register = self.registers[sector]
+            if register.possible != {value} or register.pending or register.shaky:
+                continue
+            for node, data in self.world.copies(sector, flushed=True).items():
+                if data != content(value):
+                    self.world.violation(f"write {value} of sector {sector} was flushed, {node} has not stored it")
+                    return

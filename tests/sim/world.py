@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from tests.sim.disk import SimDisk
+from tests.sim.disk import SECTOR, SimDisk, stored
 from tests.sim.loop import CURRENT, Process, kill, thaw, within
 from ukai import messages
 from ukai.blockd.core import Core as BlockCore
@@ -23,7 +24,7 @@ from ukai.messages import Header
 from ukai.metad import ops
 from ukai.metad.core import Core as MetaCore
 from ukai.mirror import Mirror
-from ukai.model import Cluster
+from ukai.model import IN_SYNC, Cluster, written
 from ukai.telemetry import Metrics
 
 METAD = "metad"
@@ -151,7 +152,7 @@ class Transport:
             kept = None if data is None else bytes(data)
             self.world.net.pass_on(self.connection, False, self.client, self._answered, packed, kept)
 
-        server.core.from_peer(header, payload, reply)
+        self.world.check_epoch(self.node, header, reply, payload)
 
     def _answered(self, frame: bytes, payload: bytes | None) -> None:
         if not self.closed:
@@ -179,6 +180,7 @@ class Blockd:
         world = self.world
         self.store = Store("/data", "%016d", self.disk, 64)
         self.store.open(f"store-{self.node}")
+        world.check_kept_epochs(self.node, self.store)
         self.mirror = Mirror(self.store.highest_seq, self.store.cluster_id)
         ports = BlockPorts(
             metad=self._metad,
@@ -194,7 +196,7 @@ class Blockd:
         self.background = [loop.create_task(self.core.keep_registered()), loop.create_task(self.core.keep_house())]
 
     async def _run_disk(self, function: Callable[..., Any], *args: Any) -> Any:
-        await asyncio.sleep(self.world.chance.uniform(0.0001, 0.003))
+        await asyncio.sleep(self.world.chance.uniform(0.0001, 0.003 + self.disk.slow_s))
         return function(*args)
 
     async def _metad(self, op: str, fields: Header, timeout_s: float) -> Header:
@@ -220,6 +222,12 @@ class Database:
         for _, _, _, change in batch:
             self.committed.apply(messages.unpack(messages.pack(dict(change))))
 
+    def older(self, count: int) -> Database:
+        """A copy as it was after so many changes."""
+        copy = Database()
+        copy.commit(self.entries[:count])
+        return copy
+
     def load(self) -> Cluster:
         cluster = Cluster(cluster_id="cluster")
         for _, _, _, change in self.entries:
@@ -230,8 +238,8 @@ class Database:
 class Metad:
     """One metad process: core, group commit, publishing."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, database: Database) -> None:
+        self.world, self.database = world, database
         self.process = Process(f"metad #{next(world.numbers)}")
         self.inc = f"meta{next(world.numbers)}"
         self.waiting: list[tuple[int, float, str, Any]] = []
@@ -244,7 +252,7 @@ class Metad:
         return self.process.alive
 
     def _start(self) -> None:
-        self.core = MetaCore(self.world.database.load(), self, CONFIG, NODES[0], self.inc)
+        self.core = MetaCore(self.database.load(), self, CONFIG, NODES[0], self.inc)
         asyncio.get_running_loop().create_task(self._beat())
 
     # the ports of the core
@@ -275,18 +283,18 @@ class Metad:
             barriers, self._barriers = self._barriers, []
             batch, self.waiting = self.waiting, []
             await asyncio.sleep(self.world.chance.uniform(0.0001, 0.001) if batch else 0)
-            if batch and self.world.database.fail:
-                self.world.database.fail -= 1
+            if batch and self.database.fail:
+                self.database.fail -= 1
                 self.drop_state()
                 for barrier in [*barriers, *self._barriers]:
                     barrier.set_exception(NotReady("the metadata could not be written"))
                     barrier.exception()
                 self._barriers = []
                 break
-            self.world.database.commit(batch)
+            self.database.commit(batch)
             for seq, _, cause, change in batch:
                 self.world.note(f"change {seq} {cause}: {change}")
-            self.world.check_sequence(batch)
+            self.world.check_commit(self.database, batch)
             if batch:
                 self._publish({"op": "changes", "changes": [list(e) for e in batch]})
             for barrier in barriers:
@@ -296,7 +304,7 @@ class Metad:
 
     def drop_state(self) -> None:
         self.waiting = []
-        self.core.replace(self.world.database.load())
+        self.core.replace(self.database.load())
 
     async def read_hand_made(self, name: str) -> Any:
         raise NotFound(f"no metadata of {name}")
@@ -373,12 +381,12 @@ class Metad:
             "cluster_id": self.core.cluster.cluster_id,
         }
         if isinstance(since, int):
-            stored = self.world.database.entries
+            stored = self.database.entries
             if 0 <= since <= len(stored) and self.world.chance.random() < 0.9:
                 out["changes"] = [list(e) for e in stored[since:]]
                 out["seq"] = len(stored)
             else:
-                out["snapshot"] = self.world.database.committed.snapshot()
+                out["snapshot"] = self.database.committed.snapshot()
         return out
 
 
@@ -399,6 +407,13 @@ class World:
         self.dead: list[Process] = []
         self.trace: list[str] = []
         self.violations: list[str] = []
+        self.on_violation: Callable[[], None] = lambda: None
+        self.powerless: set[str] = set()
+        """Nodes that lost power and whose blockd has not registered since."""
+        self.tampered: set[str] = set()
+        """Nodes whose files somebody altered while blockd was down, and whose blockd has not registered since."""
+        self.epochs: dict[tuple[str, str], int] = {}
+        """node and image → highest epoch in which the node did something for a coordinator."""
         self.counts: dict[str, int] = {}
 
     def note(self, text: str) -> None:
@@ -410,12 +425,13 @@ class World:
     def violation(self, text: str) -> None:
         self.note(f"VIOLATION {text}")
         self.violations.append(text)
+        self.on_violation()
 
     # --- processes
 
-    def start_metad(self) -> None:
+    def start_metad(self, database: Database | None = None) -> None:
         self.note("start metad")
-        self.metad = Metad(self)
+        self.metad = Metad(self, database or self.database)
 
     def start_blockd(self, node: str) -> None:
         self.note(f"start blockd {node}")
@@ -434,6 +450,7 @@ class World:
             kill(server.process)
             self.dead.append(server.process)
             if power:
+                self.powerless.add(node)
                 self.disks[node].power_cut()
                 self.boots[node] = f"boot {node} {next(self.numbers)}"
             else:
@@ -511,14 +528,90 @@ class World:
     async def ctl(self, op: str, **fields: Any) -> Header:
         return await self.ask_metad("ctl", None, {"op": op, "timeout": 4.0, **fields}, 5.0)
 
-    # --- oracles about the metadata
+    # --- oracles about metadata and epochs
 
-    def check_sequence(self, batch: list[tuple[int, float, str, Any]]) -> None:
-        """The sequence never repeats, leaves out or goes back."""
-        entries = self.database.entries
+    def copies(self, sector: int, flushed: bool) -> dict[str, bytes]:
+        """One sector in every in-sync replica that was written, as it is on each disk; ``flushed``: for certain."""
+        out: dict[str, bytes] = {}
+        for image in self.database.committed.images.values():
+            block, offset = divmod(sector * SECTOR, image.block_size)
+            for node, replica in image.replicas(block).items():
+                if replica.status != IN_SYNC or not replica.generation or not self.steady(node):
+                    continue
+                disk, path = self.disks[node], f"/data/{image.name}/{block:016d}"
+                inode = disk.names_now.get(path)
+                data = stored(disk, path) if flushed else b"" if inode is None else bytes(inode.cache)
+                out[node] = data[offset : offset + SECTOR]
+        return out
+
+    def registered(self, node: str) -> bool:
+        server = self.blockds[node]
+        return server.alive and server.core.registered
+
+    def altered(self, node: str) -> bool:
+        """Whether somebody has altered the files of a node and nobody can know yet."""
+        if self.registered(node):
+            self.tampered.discard(node)
+        return node in self.tampered
+
+    def steady(self, node: str) -> bool:
+        """Whether the files of a node are what its blockd made them, so far as the cluster can know."""
+        if self.registered(node):
+            self.powerless.discard(node)
+        return not self.altered(node) and node not in self.powerless
+
+    def check_commit(self, database: Database, batch: list[tuple[int, float, str, Any]]) -> None:
+        """The sequence never repeats, leaves out or goes back, and no older database gets changes (R12)."""
+        entries = database.entries
         for index, entry in enumerate(entries[len(entries) - len(batch) :], len(entries) - len(batch)):
             if entry[0] != index + 1:
                 self.violation(f"metadata sequence {entry[0]} at place {index + 1}")
+        if database is not self.database:
+            if batch:
+                self.violation(f"a metad with an older database committed change {batch[0][0]}: {batch[0][2]}")
+            return
+        for _, _, _, change in batch:
+            if change["t"] == "replicas" and change["node"] not in database.committed.images[change["uuid"]].locations:
+                self.epochs.pop((change["node"], change["uuid"]), None)  # an administrator took the image away there
+            if change["t"] == "image" and change.get("writer"):
+                self._check_fenced(change["uuid"])
+
+    def _check_fenced(self, uuid: str) -> None:
+        """A new writer: of each written block a fenced copy; of the active ones all in-sync copies are (R3)."""
+        image = self.database.committed.images[uuid]
+        kept = {n: self._epoch_on_disk(n, image.name) for n in image.locations}
+        fenced = {n for n, epoch in kept.items() if epoch >= image.epoch or self.altered(n)}
+        for block in range(image.block_count):
+            replicas = image.replicas(block)
+            good = {n for n, r in replicas.items() if r.status == IN_SYNC}
+            if written(replicas) and not good & fenced:
+                self.violation(f"writer of epoch {image.epoch} without a fenced copy of block {block}: {kept}")
+            if block in image.active and good - fenced:
+                self.violation(f"block {block} is active and in-sync at {sorted(good - fenced)}, which is not fenced")
+
+    def _epoch_on_disk(self, node: str, name: str) -> int:
+        data = stored(self.disks[node], f"/data/{name}/.ukai.json")
+        return int(json.loads(data)["epoch"]) if data else -1
+
+    def check_epoch(self, node: str, header: Header, reply: Callable[[Header, Any], None], payload: Any) -> None:
+        """Hand a message of a coordinator to a replica: no epoch below one that it has taken is taken (R1)."""
+
+        def looked_at(fields: Header, data: Any) -> None:
+            epoch = header.get("e")
+            if "err" not in fields and isinstance(epoch, int) and header["op"] in ("w", "z", "g", "k", "fence"):
+                key = (node, header["i"])
+                if epoch < self.epochs.get(key, 0):
+                    self.violation(f"{node} took {header['op']} of epoch {epoch} after epoch {self.epochs[key]}")
+                self.epochs[key] = max(epoch, self.epochs.get(key, 0))
+            reply(fields, data)
+
+        self.blockds[node].core.from_peer(header, payload, looked_at)
+
+    def check_kept_epochs(self, node: str, store: Store) -> None:
+        """An epoch is on the disk before anything is done in it (R1)."""
+        for uuid, image in store.images.items():
+            if image.epoch < self.epochs.get((node, uuid), 0) and node not in self.tampered:
+                self.violation(f"{node} has forgotten epoch {self.epochs[(node, uuid)]}, it knows {image.epoch}")
 
 
 OUTSIDE = Process("outside")
