@@ -377,7 +377,7 @@ def test_a_node_away_is_settled_as_away_and_tried_until_it_is_back() -> None:
     async def story(net: Net) -> None:
         net.reachable = False
         assert not await net.peer.settled()
-        assert net.peer.reason == "can't be reached"
+        assert net.peer.reason == "no connection"
         assert net.peer.down_since == 50.0
         net.wall_s = 90.0
         await asyncio.sleep(60)

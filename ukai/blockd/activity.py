@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from ukai.errors import UkaiError
+from ukai.errors import Timeout, UkaiError
 from ukai.ranges import RangeSet, join
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ class Activity:
     async def tick(self) -> None:
         """Retire what is idle or was announced long ago; called each second or so.  Raises UkaiError."""
         now = self._c.now()
+        if now >= self._c.core.lease_until:
+            return  # metad is away: what is active stays so, since it could not be announced anew
         for block in self.active:
             hot = self._c.hot.get(block)
             if hot is not None and hot.touched:
@@ -120,6 +122,16 @@ class Activity:
         if (old or aged) and not self._lock.locked():
             async with self._lock:
                 await self._retire(sorted({*old, *aged}))
+
+    async def _ask_to_retire(self, blocks: list[int]) -> None:
+        """Raises UkaiError; after a Timeout nobody knows whether it was done."""
+        try:
+            await self._c.ask_metad("retire", {"ranges": [list(r) for r in join(blocks)]})
+        except Timeout:
+            raise
+        except UkaiError:
+            self._doubtful.difference_update(blocks)
+            raise
 
     async def _retire(self, blocks: list[int]) -> None:
         """Retire what can be: stamped, without a write under way, flushed.  The lock is held."""
@@ -140,12 +152,12 @@ class Activity:
             if ready:
                 asked = ready
                 self._doubtful.update(asked)
-                await c.ask_metad("retire", {"ranges": [list(r) for r in join(asked)]})
+                await self._ask_to_retire(asked)
                 for block in asked:
                     self.active.pop(block, None)
                 self._doubtful.difference_update(asked)
         finally:
-            self.warm.update(b for b in blocks if b in self.active and b not in asked)
+            self.warm.update(b for b in blocks if b in self.active and b not in self._doubtful)
             for block in blocks:
                 self._idle_since.pop(block, None)
                 c.reads.pop(block, None)

@@ -193,7 +193,7 @@ class Coordinator:
             await asyncio.sleep(RETRY_S)
 
     def _late(self, what: str) -> Timeout:
-        """The error of a request that ran out of time; it says what kept the role away, if that did (R3)."""
+        """The error of a request that ran out of time; it says what stood in its way last."""
         why = f": {self._hindrance}" if self._hindrance else ""
         return Timeout(f"image {self.name()}: the {what} could not be completed within io_timeout{why}")
 
@@ -452,6 +452,7 @@ class Coordinator:
             except UkaiError as e:
                 if not e.retry or self.now() >= deadline:
                     raise
+                self._hindrance = e.message
                 await asyncio.sleep(RETRY_S)
                 continue
             if hot is None:
@@ -460,10 +461,12 @@ class Coordinator:
             self._apply(block, offset, data, length, hot, lambda op, f=future: f.done() or f.set_result(op))  # type: ignore[misc]
             try:
                 if not await asyncio.shield(self.core.spawn(self._watch(future))):
+                    self._hindrance = ""
                     return
             except UkaiError as e:
                 if not e.retry or self.now() >= deadline:
                     raise
+                self._hindrance = e.message
 
     async def _watch(self, future: asyncio.Future[Op]) -> bool:
         """Wait for one write and settle it, also when the request itself has run out of time."""
@@ -644,7 +647,9 @@ class Coordinator:
         while True:
             try:
                 if self.held:
-                    return await self.read_held(offset, length)
+                    data = await self.read_held(offset, length)
+                    self._hindrance = ""
+                    return data
                 writer = self.image.writer
                 if writer and writer != self.own:
                     peer = self.core.peer(writer)
@@ -663,6 +668,7 @@ class Coordinator:
             except UkaiError as e:
                 if not e.retry or self.now() >= deadline:
                     raise
+                self._hindrance = e.message
             await asyncio.sleep(RETRY_S)
 
     async def read_held(self, offset: int, length: int) -> Payload:

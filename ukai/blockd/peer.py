@@ -210,7 +210,7 @@ class Peer:
                 raise Timeout(f"no answer within {self._timeout_s:g} s") from None
             except Unreachable as e:
                 if self._loop.time() >= deadline or isinstance(e, Timeout):
-                    raise Unreachable("can't be reached") from None
+                    raise Unreachable("no connection") from None
                 await asyncio.sleep(0.02)  # a DEALER does not tell when it is connected
         token, seq = reply.get("token"), reply.get("registered_seq")
         if type(token) is not int or type(seq) is not int:

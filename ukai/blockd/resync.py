@@ -193,9 +193,6 @@ class Resync:
 
     async def _group(self, target: str, blocks: list[int]) -> None:
         c = self._c
-        job = self.job
-        if job is not None:
-            self.rate.limit = c.core.config.sync_rate if job.rate < 0 else job.rate
         ranges = [list(r) for r in join(blocks)]
         fresh = [b for b in blocks if not any(r.generation for r in c.image.replicas(b).values())]
         stale = sorted(set(blocks) - set(fresh))
@@ -318,7 +315,7 @@ class Resync:
         """Copy one chunk; writes to it wait from the read of the source until it is sent (R11)."""
         c = self._c
         async with self._chunks:
-            await self.rate.take(length)
+            await self._take(length)
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             entry = (offset, offset + length, future)
             c.locks.setdefault(block, []).append(entry)
@@ -335,6 +332,13 @@ class Resync:
             await sending
         self.bytes_copied += length
         self.bytes_done += length
+
+    async def _take(self, length: int) -> None:
+        """Wait as long as the limit that is in force now wants it."""
+        job = self.job
+        if job is not None:
+            self.rate.limit = self._c.core.config.sync_rate if job.rate < 0 else job.rate
+        await self.rate.take(length)
 
     async def _read(self, node: str, block: int, offset: int, length: int) -> Payload:
         c = self._c

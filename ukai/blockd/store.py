@@ -652,7 +652,9 @@ class Store:
         """Raises Damaged."""
         image = self.images.get(uuid)
         if image is None:
-            raise Damaged(f"no data of image {uuid} under {self.root}")
+            raise Damaged(
+                f"no data of image {uuid} under {self.root}; if they are lost, remove this location and add it again"
+            )
         return image
 
     def prepare(self, uuid: str, name: str, size: int, block_size: int, mode: str) -> ImageStore:
