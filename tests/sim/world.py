@@ -317,7 +317,7 @@ class Metad:
         world = self.world
 
         async def serve(header: Header) -> Header:
-            return await world.blockds[node].core.called(header)
+            return await world.blockds[node].core.orders.answer(header)
 
         return await world.ask(
             METAD, node, self.process, lambda: world.blockds.get(node), serve, {**fields, "op": op}, timeout_s
@@ -662,7 +662,7 @@ class Frontend:
 
         frame = messages.pack(dict(header))
         within(
-            server.process, loop.call_soon, lambda: server.core.from_frontend(messages.unpack(frame), payload, reply)
+            server.process, loop.call_soon, lambda: server.core.frontends.answer(messages.unpack(frame), payload, reply)
         )
         deadline = loop.time() + timeout_s
         while True:

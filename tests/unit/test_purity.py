@@ -23,6 +23,8 @@ PURE = (
     "blockd/activity",
     "blockd/coordinator",
     "blockd/core",
+    "blockd/frontends",
+    "blockd/orders",
     "blockd/flush",
     "blockd/marks",
     "blockd/peer",

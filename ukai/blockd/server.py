@@ -18,8 +18,9 @@ from typing import Any
 import zmq
 
 from ukai import messages
-from ukai.blockd.core import Core, Ports, Reply
+from ukai.blockd.core import Core, Ports
 from ukai.blockd.disk import Disk
+from ukai.blockd.frontends import Reply
 from ukai.blockd.peer import Payload
 from ukai.blockd.store import Store
 from ukai.config import Config
@@ -104,7 +105,10 @@ class BlockServer:
             os.unlink(path)  # the store's lock proves that nobody serves it
         limit = self._config.message_limit
         proxy = self._config.proxy_endpoint(self._node)
-        for endpoint, handle in ((self._config.blockd_endpoint, self.core.from_frontend), (proxy, self.core.from_peer)):
+        for endpoint, handle in (
+            (self._config.blockd_endpoint, self.core.frontends.answer),
+            (proxy, self.core.from_peer),
+        ):
             holder: list[Port] = []
             port = bound(self._context, endpoint, limit, functools.partial(self._receive, holder, handle))
             holder.append(port)
@@ -173,7 +177,7 @@ class BlockServer:
         async def answer() -> None:
             number = header.get("id")
             try:
-                fields = await self.core.called(header)
+                fields = await self.core.orders.answer(header)
             except UkaiError as e:
                 fields = messages.error_reply(e)
             except OSError as e:
@@ -185,8 +189,8 @@ class BlockServer:
     def _gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
         core = self.core
         yield "ukai_metadata_seq", {}, core.mirror.seq
-        yield "ukai_peers_up", {}, sum(p.up for p in core._peers.values())
-        yield "ukai_inflight_bytes", {}, sum(p.inflight_bytes for p in core._peers.values())
+        yield "ukai_peers_up", {}, sum(p.up for p in core.peers.values())
+        yield "ukai_inflight_bytes", {}, sum(p.inflight_bytes for p in core.peers.values())
         flat = itertools.chain.from_iterable(c.inflight.values() for c in core.coordinators.values())
         yield "ukai_inflight_requests", {}, sum(map(len, flat))
         for c in core.coordinators.values():
