@@ -418,6 +418,21 @@ def test_another_version_is_refused_clearly(tmp_path: Path) -> None:
     with pytest.raises(VersionError, match="same release"):
         messages.unpack(msgpack.packb({"v": 2, "op": "ping", "id": 1}))
 
+    async def scene(bench: Bench) -> None:
+        raw = bench.context.socket(zmq.DEALER)
+        raw.linger = 0
+        raw.connect(bench.config.control_endpoint)
+        try:
+            raw.send_multipart([b"", msgpack.packb({"op": "ping", "id": 5, "v": 99})])
+            assert await asyncio.to_thread(raw.poll, 5000), "another release gets no answer"
+            reply = messages.unpack(raw.recv_multipart()[1])
+            assert (reply["re"], reply["err"]) == (0, "version")
+            assert "same release" in reply["msg"]
+        finally:
+            raw.close(0)
+
+    on_bench(tmp_path, scene)
+
 
 def environment(root: Path, ports: PortRange, **more: str) -> dict[str, str]:
     base = ports.first

@@ -31,6 +31,7 @@ from ukai.errors import (
     UkaiError,
     Unreachable,
     UsageError,
+    VersionError,
 )
 from ukai.messages import Header
 from ukai.metad import adoption, history, jobs, ops, reports
@@ -234,8 +235,9 @@ class Server:
         self._run(asked, header)
 
     def _refuse(self, envelope: Frames, number: int | None, error: UkaiError) -> None:
-        if number is not None:
-            self._port.send([*envelope, messages.pack({**messages.error_reply(error), "re": number})])
+        """Answer with an error, where there is a request to answer; another release is told so in any case."""
+        if number is not None or isinstance(error, VersionError):
+            self._port.send([*envelope, messages.pack({**messages.error_reply(error), "re": number or 0})])
 
     def _label(self, header: Header) -> str:
         """The image of a request, for the metrics: only names that exist, so that their number is bounded."""
