@@ -278,6 +278,28 @@ def test_migrate_moves_the_role() -> None:
     at_desk(scene)
 
 
+def test_migrate_from_a_silent_writer_wants_force() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+
+        async def acquire(fields: Header) -> Header:
+            await desk.own(B, image)
+            return {}
+
+        desk.answers[B, "acquire"] = acquire
+        desk.skew += desk.core.config.lease + 10
+        await desk.beat(B)
+        with pytest.raises(Refused, match=f"the writer {A} .* can't be asked to finish.* --force"):
+            await desk.do("migrate", name="disk", node=B)
+        assert image.writer == A
+        reply = await desk.do("migrate", name="disk", node=B, force=True)
+        assert reply["image"]["writer"] == B
+        assert desk.core.image(image.uuid).lost == {A: 2}
+
+    at_desk(scene)
+
+
 # --- metadata made by hand
 
 

@@ -138,17 +138,28 @@ async def _displace_within(core: Core, uuid: str, node: str, timeout_s: float) -
 
 
 async def migrate(core: Core, fields: Header) -> Header:
-    """Move the writer role (R2).  Raises Refused, Unreachable, or what the target answers."""
+    """Move the writer role (R2); from a writer that is silent only with ``force``.
+
+    Raises Refused, Unreachable, or what the target answers.
+    """
     image, node = core.named(fields), _node(core, fields)
     uuid, timeout_s = image.uuid, patience(fields)
     if not image.online:
         raise Refused(f"image {image.name} is offline")
     if node not in image.hypervisors:
-        raise Refused(f"node {node} is no hypervisor of image {image.name}")
+        raise Refused(
+            f"node {node} is no hypervisor of image {image.name}; add it with: "
+            f"ukai-ctl hypervisor add {image.name} {node}"
+        )
     if image.writer == node:
         return {"image": reports.summary(core, image), "notes": [f"{node} is the writer already"]}
     if not core.up(node):
         raise Unreachable(f"node {node} can't be reached: its blockd is down")
+    if image.writer and not core.up(image.writer) and not messages.flag(fields, "force"):
+        raise Refused(
+            f"the writer {image.writer} of image {image.name} can't be asked to finish; be sure that no machine runs "
+            "there, then add --force"
+        )
     async with core.lock(uuid):
         if core.image(uuid).writer not in ("", node):
             await _displace_within(core, uuid, node, timeout_s * 0.6)
