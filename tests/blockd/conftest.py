@@ -9,7 +9,8 @@ import pytest
 
 from tests.blockd.files import descriptors, new_image, open_store
 from ukai.blockd.disk import Disk
-from ukai.blockd.store import ImageStore, Store
+from ukai.blockd.image_store import ImageStore
+from ukai.blockd.store import Store
 
 OpenStore = Callable[..., Store]
 

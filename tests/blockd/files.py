@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ukai.blockd.disk import Disk
-from ukai.blockd.store import ImageStore, Store
+from ukai.blockd.image_store import ImageStore
+from ukai.blockd.store import Store
 
 STORE_ID = "5d2fb2c4-53c5-4a6c-8f9a-3d7a70b8a001"
 UUID = "11111111-2222-4333-8444-555555555555"

@@ -14,7 +14,8 @@ import pytest
 
 from tests.blockd.faults import FAULTS, FaultyDisk
 from tests.blockd.files import FORMAT, STORE_ID, UUID, descriptors, flush, open_store, pattern
-from ukai.blockd.store import ImageStore, Store
+from ukai.blockd.image_store import ImageStore
+from ukai.blockd.store import Store
 from ukai.errors import Damaged, StaleEpoch, UkaiError
 
 SIZE, BLOCK = 13000, 5000

@@ -11,8 +11,10 @@ import pytest
 
 from tests.blockd.conftest import OpenStore
 from tests.blockd.files import UUID, block_path, descriptors, new_image, pattern
+from ukai.blockd.files import HASH_BYTES, HOLE
+from ukai.blockd.image_store import ImageStore
 from ukai.blockd.replica import SESSION_LIMIT, Answer, Replica
-from ukai.blockd.store import HASH_BYTES, HOLE, ImageStore, Store
+from ukai.blockd.store import Store
 from ukai.errors import (
     BY_CODE,
     Damaged,

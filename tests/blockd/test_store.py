@@ -26,7 +26,9 @@ from tests.blockd.files import (
     pattern,
 )
 from ukai.blockd.disk import Disk
-from ukai.blockd.store import GENERATIONS, HASH_BYTES, HOLE, META, TEMPORARY, ImageStore, Store
+from ukai.blockd.files import GENERATIONS, HASH_BYTES, HOLE, META, TEMPORARY
+from ukai.blockd.image_store import ImageStore
+from ukai.blockd.store import Store
 from ukai.errors import Busy, Damaged, DiskError, Exists, NoSpace, NotFound, StaleEpoch, UkaiError, UsageError
 
 SIZES = [(40960, 8192), (8192, 8192), (20000, 5000), (20480, 5000), (100_000_000, 50_000_000), (12288, 12288)]

@@ -47,7 +47,7 @@ LIBRARY = {
     "re",
     "typing",
 }
-HANDED_IN = {"ukai.blockd.store", "ukai.config", "ukai.telemetry"}
+HANDED_IN = {"ukai.blockd.files", "ukai.blockd.image_store", "ukai.blockd.store", "ukai.config", "ukai.telemetry"}
 """Whose classes they name, and whose objects they are given."""
 
 BUILTINS = {"open", "input", "print", "exec", "eval", "compile", "__import__", "breakpoint"}

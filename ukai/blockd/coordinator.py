@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ukai.blockd.activity import Activity
+from ukai.blockd.files import zeros
 from ukai.blockd.flush import Flusher
+from ukai.blockd.image_store import ImageStore
 from ukai.blockd.marks import Marker
 from ukai.blockd.peer import Payload, Peer
-from ukai.blockd.store import ImageStore, zeros
 from ukai.errors import (
     Busy,
     Damaged,

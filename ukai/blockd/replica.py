@@ -13,7 +13,9 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ukai.blockd.store import HOLE, ImageStore, Store, zeros
+from ukai.blockd.files import HOLE, zeros
+from ukai.blockd.image_store import ImageStore
+from ukai.blockd.store import Store
 from ukai.errors import Damaged, NotReady, RemoteProtocolError, StaleSession
 from ukai.messages import Header, flag, integer, ranges, show, text
 from ukai.ranges import RangeSet

@@ -15,8 +15,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ukai.blockd.files import HASH_BYTES, HOLE, zeros
 from ukai.blockd.peer import Payload
-from ukai.blockd.store import HASH_BYTES, HOLE, zeros
 from ukai.errors import NotCoordinator, StaleEpoch, UkaiError, Unreachable
 from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, Job
 from ukai.ranges import join

@@ -1,0 +1,471 @@
+"""The part of one image that is on this node: block files, their generations, and what of them can be trusted (R8)."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from ukai.blockd.files import (
+    GENERATIONS,
+    HOLE,
+    META,
+    Bytes,
+    check_uuid,
+    disk_error,
+    keep_record,
+    make_file,
+    read_all,
+    whole,
+    words,
+    write_all,
+    zeros,
+)
+from ukai.errors import Damaged, DiskError, StaleEpoch, UkaiError
+from ukai.model import check_sizes
+from ukai.ranges import RangeMap, join
+
+if TYPE_CHECKING:
+    from ukai.blockd.store import Store
+
+
+class ImageStore:
+    """The part of one image that is on this node.
+
+    Raises KeyError, ValueError, TypeError, UsageError for a ``meta`` that describes no image.
+    """
+
+    def __init__(self, store: Store, name: str, meta: dict[str, Any]) -> None:
+        self.store, self.disk, self.name = store, store.disk, name
+        self.directory = f"{store.root}/{name}"
+        self.uuid = check_uuid(words(meta, "uuid"))
+        self.size, self.block_size, self.epoch = whole(meta, "size"), whole(meta, "block_size"), whole(meta, "epoch")
+        check_sizes(self.size, self.block_size)
+        self.block_count = -(-self.size // self.block_size)
+        self.generations = array.array("Q", bytes(8 * self.block_count))
+        self.unflushed: set[int] = set()
+        self.poisoned: dict[int, str] = {}
+        """Blocks whose fdatasync failed: it never succeeds again as if nothing had happened (R7)."""
+        self._gen_fd = -1
+        self._gen_lost = ""
+        """Why generations that were written may not be on the disk: they are made anew before the next flush (R7)."""
+
+    def load(self) -> None:
+        """Read the generations.  Raises DiskError, NoSpace."""
+        path = f"{self.directory}/{GENERATIONS}"
+        try:
+            self._gen_fd = self.disk.open(path, create=True)
+            data = read_all(self.disk, self._gen_fd, 8 * self.block_count)
+        except OSError as e:
+            self.close()
+            raise disk_error(e, path) from e
+        loaded = array.array("Q")
+        loaded.frombytes(data[: len(data) // 8 * 8])
+        if sys.byteorder == "big":
+            loaded.byteswap()
+        loaded.extend([0] * (self.block_count - len(loaded)))
+        self.generations = loaded
+
+    def close(self) -> None:
+        self.store.forget_files(self.uuid)
+        if self._gen_fd >= 0:
+            self.disk.close(self._gen_fd)
+            self._gen_fd = -1
+
+    def path(self, block: int) -> str:
+        return f"{self.directory}/{self.store.blockname_format % block}"
+
+    def block_bytes(self, block: int) -> int:
+        return min(self.block_size, self.size - block * self.block_size)
+
+    def save(self, epoch: int) -> None:
+        """Persist the highest epoch seen before anything of that epoch touches a file (R1).  Raises DiskError."""
+        fields = {"uuid": self.uuid, "size": self.size, "block_size": self.block_size, "epoch": epoch}
+        try:
+            keep_record(self.disk, self.directory, META, fields)
+        except OSError as e:
+            raise disk_error(e, f"{self.directory}/{META}") from e
+        self.epoch = epoch
+
+    def admit(self, epoch: int) -> None:
+        """Refuse an epoch below the highest seen, persist a higher one (R1).  Raises StaleEpoch, DiskError."""
+        if epoch < self.epoch:
+            raise StaleEpoch(f"epoch {epoch} of image {self.name} is over; {self.epoch} has begun", epoch=self.epoch)
+        if epoch > self.epoch:
+            self.save(epoch)
+
+    # --- files
+
+    def file(self, block: int) -> int:
+        """Descriptor of a block file that is there and has its size.  Raises Damaged, DiskError (R8)."""
+        files = self.store.files
+        key = (self.uuid, block)
+        fd = files.get(key)
+        if fd is not None:
+            files.move_to_end(key)
+            return fd
+        path = self.path(block)
+        try:
+            fd = self.disk.open(path)
+        except FileNotFoundError:
+            raise Damaged(f"block file {path} is missing though it was written") from None
+        except OSError as e:
+            raise disk_error(e, path) from e
+        try:
+            self._check_size(fd, block)
+        except UkaiError:
+            self.disk.close(fd)
+            raise
+        self.store.keep_file(key, fd)
+        return fd
+
+    def _check_size(self, fd: int, block: int) -> None:
+        """Raises Damaged, DiskError."""
+        path = self.path(block)
+        try:
+            size = self.disk.size(fd)
+        except OSError as e:
+            raise disk_error(e, path) from e
+        if size not in (self.block_bytes(block), self.block_size):
+            raise Damaged(f"block file {path} has {size} bytes instead of {self.block_bytes(block)}")
+
+    def _create(self, block: int) -> None:
+        """Make a block file that reads as zeros.  Raises DiskError, NoSpace."""
+        try:
+            make_file(self.disk, self.directory, self.store.blockname_format % block, b"", self.block_bytes(block))
+        except OSError as e:
+            raise disk_error(e, self.path(block)) from e
+
+    def set_generation(self, block: int, generation: int) -> None:
+        """Raises DiskError, NoSpace."""
+        data = generation.to_bytes(8, "little")
+        try:
+            write_all(self.disk, self._gen_fd, data, 8 * block)
+        except OSError as e:
+            raise disk_error(e, f"{self.directory}/{GENERATIONS}") from e
+        self.generations[block] = generation
+
+    def ready(self, block: int, generation: int) -> int:
+        """Make a block writable in ``generation``; returns its descriptor.  Raises Damaged, DiskError, StaleEpoch."""
+        have = self.generations[block]
+        if generation == have and have:
+            return self.file(block)
+        if generation < have:
+            raise StaleEpoch(f"generation {generation} of block {block} is over; this node has {have}")
+        if have == 0 and not self._there(block):
+            self._create(block)
+        fd = self.file(block)
+        self.set_generation(block, generation)
+        return fd
+
+    def _there(self, block: int) -> bool:
+        """Raises DiskError."""
+        try:
+            return self.disk.exists(self.path(block))
+        except OSError as e:
+            raise disk_error(e, self.path(block)) from e
+
+    def write(self, block: int, offset: int, data: Bytes, generation: int) -> None:
+        """Raises Damaged, NoSpace or DiskError; ``touched`` in its details: whether the file may have changed."""
+        fd = self.ready(block, generation)
+        self.unflushed.add(block)
+        try:
+            done = self.disk.pwrite(fd, data, offset)
+        except OSError as e:
+            touched = e.errno not in (errno.ENOSPC, errno.EDQUOT)
+            raise disk_error(e, f"write to {self.path(block)}", touched) from e
+        if done != len(data):
+            try:
+                write_all(self.disk, fd, memoryview(data)[done:], offset + done)
+            except OSError as e:
+                raise disk_error(e, f"write to {self.path(block)}", touched=True) from e
+
+    def punch(self, block: int, offset: int, length: int, generation: int) -> None:
+        """Make a part read as zeros and free its space.  Raises as write()."""
+        fd = self.ready(block, generation)
+        self.unflushed.add(block)
+        try:
+            self.disk.punch(fd, offset, length)
+        except OSError as e:
+            if e.errno != errno.EOPNOTSUPP:
+                raise disk_error(e, f"discard in {self.path(block)}", touched=True) from e
+            self.write(block, offset, zeros(length), generation)
+
+    def check(self, block: int, generation: int) -> None:
+        """Raises Damaged unless the block is of this generation (R8)."""
+        if self.generations[block] != generation:
+            raise Damaged(
+                f"block {block} of image {self.name} has generation {self.generations[block]}, not {generation}"
+            )
+
+    def read(self, block: int, offset: int, length: int) -> bytes:
+        """Raises Damaged, DiskError."""
+        return self._pread(self.file(block), block, length, offset)
+
+    def _pread(self, fd: int, block: int, length: int, offset: int) -> bytes:
+        """Raises Damaged, DiskError."""
+        try:
+            data = self.disk.pread(fd, length, offset)
+            while len(data) < length and (more := self.disk.pread(fd, length - len(data), offset + len(data))):
+                data += more
+        except OSError as e:
+            raise disk_error(e, f"read of {self.path(block)}") from e
+        if len(data) != length:
+            raise Damaged(f"block file {self.path(block)} ends at {offset + len(data)} of {self.block_bytes(block)}")
+        return data
+
+    def read_cached(self, block: int, offset: int, length: int) -> bytearray | None:
+        """As read(), or None where the disk itself would be needed."""
+        try:
+            return self.disk.pread_cached(self.file(block), length, offset)
+        except OSError as e:
+            raise disk_error(e, f"read of {self.path(block)}") from e
+
+    def borrow(self, block: int) -> int:
+        """A descriptor of the block file for a thread beside the loop, which closes it.  Raises as file()."""
+        fd = self.file(block)
+        try:
+            return self.disk.dup(fd)
+        except OSError as e:
+            raise disk_error(e, self.path(block)) from e
+
+    def read_beside(self, fd: int, block: int, offset: int, length: int) -> bytes:
+        """read() in a thread, on a borrowed descriptor."""
+        try:
+            return self._pread(fd, block, length, offset)
+        finally:
+            self.disk.close(fd)
+
+    def flush_begin(self, blocks: Iterable[int]) -> list[tuple[int, int, str]]:
+        """What flush_beside() needs: (block, borrowed descriptor, reason why there is none); −1: the generations."""
+        out: list[tuple[int, int, str]] = []
+        try:
+            if self._gen_lost:
+                self._renew_generations()
+            out.append((-1, self.disk.dup(self._gen_fd), ""))
+        except OSError as e:
+            out.append((-1, -1, disk_error(e, f"{self.directory}/{GENERATIONS}").message))
+        for block in blocks:
+            if block in self.poisoned:
+                out.append((block, -1, self.poisoned[block]))
+                continue
+            try:
+                out.append((block, self.borrow(block), ""))
+            except UkaiError as e:
+                out.append((block, -1, e.message))
+        return out
+
+    def flush_beside(self, work: list[tuple[int, int, str]]) -> dict[int, str]:
+        """fdatasync of generations and blocks, in a thread; block → reason for those that failed (R7)."""
+        failed: dict[int, str] = {}
+        lost = ""
+        for block, fd, given in work:
+            reason = given or self._flush_one(block, fd)
+            if block < 0:
+                self._gen_lost = self._gen_lost or reason
+                lost = self._gen_lost
+            elif reason or lost:
+                failed[block] = reason or lost
+        return failed
+
+    def _flush_one(self, block: int, fd: int) -> str:
+        """fdatasync of one borrowed descriptor, which is closed; why it failed."""
+        what = f"{self.directory}/{GENERATIONS}" if block < 0 else self.path(block)
+        try:
+            self.disk.fdatasync(fd)
+            if not self.disk.linked(fd):
+                return f"{what} was removed while in use"
+            if block >= 0:
+                self._check_size(fd, block)
+        except OSError as e:
+            return f"fdatasync of {what}: {os.strerror(e.errno or errno.EIO)}"
+        except UkaiError as e:
+            return e.message
+        finally:
+            self.disk.close(fd)
+        return ""
+
+    def flush_end(self, failed: dict[int, str]) -> None:
+        """A block whose flush failed keeps failing until it is made anew (R7).
+
+        One that failed for its generation alone does not: generations are made anew before the next flush.
+        """
+        self.poisoned.update({b: reason for b, reason in failed.items() if reason != self._gen_lost})
+
+    def _renew_generations(self) -> None:
+        """Write all generations to a new file.  Raises OSError."""
+        data = array.array("Q", self.generations)
+        if sys.byteorder == "big":
+            data.byteswap()
+        make_file(self.disk, self.directory, GENERATIONS, data.tobytes(), 8 * self.block_count)
+        fd = self.disk.open(f"{self.directory}/{GENERATIONS}")
+        self.disk.close(self._gen_fd)
+        self._gen_fd, self._gen_lost = fd, ""
+
+    def take_unflushed(self) -> set[int]:
+        """The blocks with writes that no flush has covered; later writes go to a new set."""
+        blocks, self.unflushed = self.unflushed, set()
+        return blocks
+
+    def renew(self, block: int) -> None:
+        """Make a block of an out-of-sync replica writable, whatever its file is like, before its resync (R11).
+
+        A missing file is made, one of a wrong size gets the right one, one whose flush failed is made anew: what
+        the page cache shows of it may not be on the disk.  What has lost data by that is of no generation any
+        more, so that it can't pass for a good one.  Raises DiskError, NoSpace.
+        """
+        path = self.path(block)
+        self.store.forget_files(self.uuid, block)
+        try:
+            found = self.disk.stat(path)
+            if block not in self.poisoned and found and found[0] in (self.block_bytes(block), self.block_size):
+                return
+            if self.generations[block]:
+                self.set_generation(block, 0)
+            if block not in self.poisoned and found is not None:
+                fd = self.disk.open(path)
+                try:
+                    self.disk.truncate(fd, self.block_bytes(block))
+                    self.disk.fsync(fd)
+                finally:
+                    self.disk.close(fd)
+                return
+            self._create(block)
+        except OSError as e:
+            raise disk_error(e, path) from e
+        self.poisoned.pop(block, None)
+
+    def hash_beside(self, fd: int, block: int, offset: int, length: int, chunk: int) -> bytes:
+        """16 bytes per chunk, zeros for one that reads as zeros; holes are not read.
+
+        In a thread, on a borrowed descriptor.  Raises as read().
+        """
+        out = []
+        data_at: int | None = -1
+        try:
+            self._check_size(fd, block)  # beyond its end a file that was cut looks like a hole
+            for at in range(offset, offset + length, chunk):
+                size = min(chunk, offset + length - at)
+                if data_at is not None and data_at < at:
+                    data_at = self.disk.data_after(fd, at)
+                if data_at is None or data_at >= at + size:
+                    out.append(HOLE)
+                    continue
+                data = self._pread(fd, block, size, at)
+                out.append(HOLE if data == zeros(size) else xxhash.xxh3_128_digest(data))
+        except OSError as e:
+            raise disk_error(e, f"read of {self.path(block)}") from e
+        finally:
+            self.disk.close(fd)
+        return b"".join(out)
+
+    def allocated(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Bytes that block files take on the disk.  Raises DiskError."""
+        total = 0
+        for first, last in ranges:
+            for block in range(first, last + 1):
+                try:
+                    if self.generations[block] and (st := self.disk.stat(self.path(block))) is not None:
+                        total += st[1]
+                except OSError as e:
+                    raise disk_error(e, self.path(block)) from e
+        return total
+
+    # --- what there is (R8)
+
+    def inventory(self) -> dict[str, Any]:
+        """uuid, name, epoch, generations as ranges, and what is bad, for registration."""
+        gens: list[list[int]] = []
+        bad: RangeMap[str] = RangeMap()
+        sizes = self._sizes()
+        for block, generation in enumerate(self.generations):
+            if not generation:
+                continue
+            if gens and gens[-1][2] == generation and gens[-1][1] == block - 1:
+                gens[-1][1] = block
+            else:
+                gens.append([block, block, generation])
+            size = sizes if isinstance(sizes, str) else sizes.get(self.store.blockname_format % block)
+            if size is None:
+                bad.set(block, block, "block file is missing though it was written")
+            elif fault := self._wrong(block, size):
+                bad.set(block, block, fault)
+        return {"uuid": self.uuid, "name": self.name, "epoch": self.epoch, "gens": gens, "bad": [list(b) for b in bad]}
+
+    def _wrong(self, block: int, size: int | str) -> str:
+        """What is wrong with a block file of this size, or whose size can't be told for this reason."""
+        if isinstance(size, str):
+            return f"block file can't be looked at: {size}"
+        if size in (self.block_bytes(block), self.block_size):
+            return ""
+        return f"block file has {size} bytes instead of {self.block_bytes(block)}"
+
+    def _sizes(self) -> dict[str, int | str] | str:
+        """Size of each file, or the reason why it, or all of them, can't be told."""
+        out: dict[str, int | str] = {}
+        try:
+            names = self.disk.names(self.directory)
+        except OSError as e:
+            return e.strerror or str(e)
+        for name in names:
+            if name.startswith("."):
+                continue
+            try:
+                found = self.disk.stat(f"{self.directory}/{name}")
+            except OSError as e:
+                out[name] = e.strerror or str(e)
+            else:
+                if found is not None:
+                    out[name] = found[0]
+        return out
+
+    def adopt(self) -> tuple[list[tuple[int, int]], list[list[Any]]]:
+        """Look at block files made by hand: (ranges present, [[first, last, reason]] of a wrong size).
+
+        Raises DiskError.
+        """
+        sizes = self._sizes()
+        if isinstance(sizes, str):
+            raise DiskError(f"{self.directory}: {sizes}")
+        present: list[int] = []
+        bad: RangeMap[str] = RangeMap()
+        for block in range(self.block_count):
+            size = sizes.get(self.store.blockname_format % block)
+            if size is None:
+                continue
+            if fault := self._wrong(block, size):
+                bad.set(block, block, fault)
+            else:
+                present.append(block)
+        return join(present), [list(b) for b in bad]
+
+    def adopted(self, ranges: Iterable[tuple[int, int]], generation: int) -> None:
+        """Write the generation beside block files that were adopted.  Raises DiskError."""
+        for first, last in ranges:
+            for block in range(first, last + 1):
+                self.set_generation(block, generation)
+        try:
+            self.disk.fdatasync(self._gen_fd)
+        except OSError as e:
+            raise disk_error(e, f"{self.directory}/{GENERATIONS}") from e
+
+    def drop(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Delete block files: only on an administrator's order.  Raises DiskError."""
+        for first, last in ranges:
+            for block in range(first, min(last, self.block_count - 1) + 1):
+                self.store.forget_files(self.uuid, block)
+                self.unflushed.discard(block)
+                self.poisoned.pop(block, None)
+                try:
+                    if self.generations[block]:
+                        self.set_generation(block, 0)
+                    with contextlib.suppress(FileNotFoundError):
+                        self.disk.unlink(self.path(block))
+                except OSError as e:
+                    raise disk_error(e, self.path(block)) from e
