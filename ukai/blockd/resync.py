@@ -189,6 +189,7 @@ class Resync:
                 await self._group(target, blocks[at : at + size])
             except Unreachable as e:
                 self.reason = e.message
+                log.info("resync of image %s stands still: %s", self._c.image.name, e.message)
                 return
 
     async def _group(self, target: str, blocks: list[int]) -> None:
