@@ -731,7 +731,9 @@ class Coordinator:
             if bad:
                 await self.marker.mark(bad)
             return data
-        current = {n: r.generation for n, r in self.image.replicas(block).items() if r.status == IN_SYNC}
+        suspects = self.marker.suspects(block)  # as the caller left them out: else this would never come to an end
+        replicas = self.image.replicas(block).items()
+        current = {n: r.generation for n, r in replicas if r.status == IN_SYNC and n not in suspects}
         if current != good:
             return None
         raise next((e for e in errors.values() if e.retry), next(iter(errors.values())))
