@@ -26,6 +26,7 @@ from ukai.errors import (
     NotCoordinator,
     NotReady,
     Refused,
+    StaleSession,
     UkaiError,
 )
 from ukai.messages import Header, error_reply, integer, text
@@ -36,6 +37,7 @@ from ukai.telemetry import Metrics
 log = logging.getLogger(__name__)
 
 SAVE_BEATS = 5
+OVERTAKEN_TIMES = 10
 
 NUMBERED = frozenset(
     {"grant", "grant.commit", "release", "activate", "retire", "mark", "sync.begin", "sync.finish", "job.end"}
@@ -145,9 +147,15 @@ class Core:
         """A request of this node.  Raises UkaiError."""
         if not self.registered and op != "register":
             raise NotReady("this node is not registered at metad yet")
-        if op in NUMBERED:
-            fields = {**fields, "n": next(self._numbers)}
-        return await self.ports.metad(op, {"node": self.node, "inc": self.inc, **fields}, self.config.io_timeout)
+        fields = {"node": self.node, "inc": self.inc, **fields}
+        if op not in NUMBERED:
+            return await self.ports.metad(op, fields, self.config.io_timeout)
+        for _ in range(OVERTAKEN_TIMES):
+            try:
+                return await self.ports.metad(op, {**fields, "n": next(self._numbers)}, self.config.io_timeout)
+            except StaleSession:
+                continue  # another one overtook it while there was no connection; metad has done nothing
+        raise NotReady("requests to metad overtake each other; ask again")
 
     async def catch_up(self) -> None:
         await self.metad("catchup", {})

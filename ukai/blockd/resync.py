@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ukai.blockd.files import HASH_BYTES, HOLE, zeros
 from ukai.blockd.peer import Payload
-from ukai.errors import NotCoordinator, StaleEpoch, UkaiError, Unreachable
+from ukai.errors import NotCoordinator, NotReady, StaleEpoch, UkaiError, Unreachable
 from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, Job
 from ukai.ranges import join
 
@@ -125,11 +125,11 @@ class Resync:
     async def _run(self) -> None:
         c = self._c
         try:
-            work = self._work()
-            self.blocks_total = sum(map(len, work.values()))
-            self.bytes_total = sum(c.image.block_bytes(b) for blocks in work.values() for b in blocks)
             while self._goes_on:
                 work = self._work()
+                left = [b for blocks in work.values() for b in blocks]
+                self.blocks_total = self.blocks_done + len(left)
+                self.bytes_total = self.bytes_done + sum(map(c.image.block_bytes, left))
                 if not work:
                     await self._end("done", "")
                     return
@@ -187,7 +187,7 @@ class Resync:
                 return
             try:
                 await self._group(target, blocks[at : at + size])
-            except Unreachable as e:
+            except (Unreachable, NotReady) as e:
                 self.reason = e.message
                 log.info("resync of image %s stands still: %s", self._c.image.name, e.message)
                 return

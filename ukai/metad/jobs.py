@@ -47,7 +47,7 @@ def start(core: Core, fields: Header) -> Header:
         "ranges": [list(r) for r in messages.ranges(fields, "ranges")],
         "state": "running" if left else "done",
         "reason": "" if left else "nothing was out-of-sync",
-        "number": core.cluster.seq + 1,
+        "number": core.cluster.seq + 1 if job is None or job.state != "running" else job.number,  # widened, not ended
         "started": core.ports.wall(),
         "rate": rate,
     }
