@@ -141,6 +141,8 @@ class Resync:
                 self.reason = ""
                 for target, blocks in reachable.items():
                     await self._target(target, blocks)
+                if self.reason:  # a connection may be lost before its end is noticed: leave the loop to others
+                    await asyncio.sleep(c.core.config.beat_interval / 2)
         except (StaleEpoch, NotCoordinator):
             pass  # the next coordinator takes the order up
         except UkaiError as e:
