@@ -541,7 +541,8 @@ class World:
                 disk, path = self.disks[node], f"/data/{image.name}/{block:016d}"
                 inode = disk.names_now.get(path)
                 data = stored(disk, path) if flushed else b"" if inode is None else bytes(inode.cache)
-                out[node] = data[offset : offset + SECTOR]
+                # no file yet: the block was announced a moment ago, and reads as zeros until it is stamped
+                out[node] = data[offset : offset + SECTOR] if data else bytes(SECTOR)
         return out
 
     def registered(self, node: str) -> bool:
