@@ -86,6 +86,7 @@ class Guest:
         self.dead = False
         """Its machine lost power: nobody hears its acknowledgements any more."""
         self.wrote = False
+        self.tasks: list[asyncio.Task[None]] = []
         self.size = len(registers)
         self.mine: dict[int, int] = {}
         """Sector → the last value that this guest knows to be written."""
@@ -151,6 +152,8 @@ class Guest:
             self._everywhere(first, values)
         world.note(f"{self.frontend.node} write {first}+{count} {values[0]}.. {'ok' if acknowledged else 'failed'}")
         world.count("acknowledged" if acknowledged else "failed")
+        if acknowledged and not discard:
+            world.count("stored")
         self._in_time(began, f"write {first}+{count}")
         return acknowledged
 
@@ -160,7 +163,7 @@ class Guest:
             if self.registers[sector].shaky:
                 continue
             for node, data in self.world.copies(sector, flushed=False).items():
-                if data != content(value):
+                if data != content(value) and (data or value):  # no file yet: zeros
                     self.world.violation(f"write {value} of sector {sector} is acknowledged, {node} does not have it")
                     return
 
@@ -222,6 +225,6 @@ class Guest:
             if register.possible != {value} or register.pending or register.shaky:
                 continue
             for node, data in self.world.copies(sector, flushed=True).items():
-                if data != content(value):
+                if data != content(value) and (data or value):  # no file yet: zeros
                     self.world.violation(f"write {value} of sector {sector} was flushed, {node} has not stored it")
                     return

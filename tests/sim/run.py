@@ -18,22 +18,43 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 8.0
 
 
-def work(first: int, count: int, step: int, seconds: float, trace: bool) -> None:
+def work(
+    first: int, count: int, step: int, seconds: float, trace: bool, force: str, mutation: str, hasty: bool
+) -> None:
     """In a worker: run seeds, a line of JSON for each."""
+    from tests.sim import mutations
     from tests.sim.scenario import run
 
     logging.disable(logging.INFO if trace else logging.CRITICAL)
+    forced = json.loads(force)
+    if mutation:
+        known = mutations.BY_NAME[mutation]
+        mutations.apply(known)
+        forced = {**known.forced, **forced}
     for seed in range(first, first + count, step):
-        result = run(seed, seconds)
+        result = run(seed, seconds, forced, hasty)
         if trace:
             sys.stderr.write("\n".join(result.trace) + "\n")
         record = {"seed": seed, "violations": result.violations, "counts": result.counts, "faults": result.faults}
         print(json.dumps({**record, "parameters": result.parameters, "digest": result.digest()}), flush=True)
+        if hasty and result.violations:
+            return
 
 
-def worker(first: int, count: int, step: int, seconds: float, trace: bool = False) -> subprocess.Popen[str]:
+def worker(
+    first: int,
+    count: int,
+    step: int,
+    seconds: float,
+    trace: bool = False,
+    *,
+    force: str = "{}",
+    mutation: str = "",
+    hasty: bool = False,
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.sim.run", "--worker", str(first), str(count), "--step", str(step)]
-    command += ["--seconds", str(seconds), *(["--trace"] if trace else [])]
+    command += ["--force", force, "--mutation", mutation]
+    command += ["--seconds", str(seconds), *(["--trace"] if trace else []), *(["--hasty"] if hasty else [])]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
@@ -44,17 +65,37 @@ def main() -> int:
     parser.add_argument("count", type=int)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="simulated time before the faults heal")
     parser.add_argument("--step", type=int, default=1)
+    parser.add_argument("--force", default="{}", help="parameters instead of those drawn, as JSON")
+    parser.add_argument("--mutation", default="", help="break one rule; see mutations.py")
     parser.add_argument("--trace", action="store_true", help="every event on stderr")
+    parser.add_argument("--hasty", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.first, options.count, options.step, options.seconds, options.trace)
+        work(
+            options.first,
+            options.count,
+            options.step,
+            options.seconds,
+            options.trace,
+            options.force,
+            options.mutation,
+            options.hasty,
+        )
         return 0
     began, done, failed = time.monotonic(), 0, 0
     totals: dict[str, int] = {}
     hands = 1 if options.trace else min(os.cpu_count() or 1, options.count)
     workers = [
-        worker(options.first + hand, options.count - hand, hands, options.seconds, options.trace)
+        worker(
+            options.first + hand,
+            options.count - hand,
+            hands,
+            options.seconds,
+            options.trace,
+            force=options.force,
+            mutation=options.mutation,
+        )
         for hand in range(hands)
     ]
     for process in workers:

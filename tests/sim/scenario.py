@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.sim.disk import SimDisk
+from tests.sim.disk import Copy, SimDisk
 from tests.sim.guest import SECTOR, Guest, Register
 from tests.sim.loop import CURRENT, VirtualLoop
 from tests.sim.world import CONFIG, METAD, NODES, Frontend, World
@@ -38,9 +40,10 @@ class Result:
 class Scenario:
     """See the module."""
 
-    def __init__(self, seed: int, seconds: float = 12.0) -> None:
+    def __init__(self, seed: int, seconds: float = 12.0, forced: dict[str, Any] | None = None) -> None:
         self.world = World(seed)
         chance = self.world.chance
+        apart = random.Random(f"{seed} rare")
         self.parameters: dict[str, Any] = {
             "seconds": seconds,
             "threads": chance.choice((1, 2, 4)),
@@ -51,6 +54,9 @@ class Scenario:
             "repeat": chance.choice((0.0, 0.02)),
             "slow_ms": chance.choice((0.2, 1.0, 5.0)),
             "local": chance.random() < 0.8,
+            "rare": sorted(apart.sample(RARE, apart.randint(1, 2))) if apart.random() < 0.4 else [],
+            "power_s": 2.0,
+            **(forced or {}),
         }
         self.faults: dict[str, int] = {}
         self.registers = [Register() for _ in range(BLOCKS * BLOCK_BYTES // SECTOR)]
@@ -58,6 +64,11 @@ class Scenario:
         self.old_guests: list[Guest] = []
         self.tasks: list[asyncio.Task[Any]] = []
         self.powerless: set[str] = set()
+        self.written: set[int] = set()
+        self.copies: list[tuple[float, dict[str, Copy]]] = []
+        """Moment, and each disk as it was then."""
+        self.lengths: list[tuple[float, int]] = []
+        """Moment, and how many changes metad's database had."""
 
     # --- the run
 
@@ -81,7 +92,7 @@ class Scenario:
         end = world_time() + p["seconds"]
         while world_time() < end:
             await asyncio.sleep(world.chance.expovariate(1 / p["fault_every_s"]))
-            await self._fault(world.chance.choice(p["faults"]))
+            await self._fault(world.chance.choice([*p["faults"], *p["rare"]]))
         await self._heal()
         watcher.cancel()
         for task in self.tasks:
@@ -112,7 +123,7 @@ class Scenario:
         self._task(frontend.keep())
         self.guest = Guest(self.world, frontend, self.registers)
         for _ in range(self.parameters["threads"]):
-            self._task(self.guest.thread())
+            self.guest.tasks.append(self._task(self.guest.thread()))
 
     async def _end_guest(self, flush: bool) -> None:
         """The guest stops; it has no request under way when this returns."""
@@ -177,6 +188,22 @@ class Scenario:
                 await self._order("sync.start", name="disk")
             else:
                 await self._order("location.remove", name="disk", node=node)
+        elif kind == "slow disk":
+            world.disks[node].slow_s = chance.uniform(0.05, 0.8)
+            loop.call_later(chance.uniform(0.5, 2), self._fast, node)
+        elif kind == "takeover":
+            await self._takeover(node)
+        elif kind == "split":
+            await self._split(node)
+        elif kind in ("block file", "old directory"):
+            await self._tamper(node, kind)
+        elif kind == "swap":
+            await self._swap(node, chance.choice([n for n in NODES if n != node]))
+        elif kind == "old metad":
+            await self._old_metad()
+
+    def _fast(self, node: str) -> None:
+        self.world.disks[node].slow_s = 0.0
 
     def _start_blockd(self, node: str) -> None:
         if not self.world.blockds[node].alive:
@@ -224,7 +251,7 @@ class Scenario:
                 register.shaky = False
             self._boot_guest(world.chance.choice(NODES))
             return
-        await asyncio.sleep(world.chance.uniform(0.05, 2))
+        await asyncio.sleep(world.chance.uniform(0.05, self.parameters["power_s"]))
         self._start_blockd(node)
         if self.guest is None:
             self._boot_guest(world.chance.choice(NODES))
@@ -284,6 +311,151 @@ class Scenario:
                 register.busy = False
         await old.frontend.close()
 
+    async def _takeover(self, node: str) -> None:
+        """The guest's machine freezes for a while, and the guest is started elsewhere at once."""
+        world, old = self.world, self.guest
+        if old is None or old.frontend.node == node or not world.registered(old.frontend.node):
+            return
+        home = old.frontend.node
+        if world.blockds[home].process.frozen:
+            return
+        self.guest = None
+        world.freeze(home)
+        await asyncio.sleep(world.chance.uniform(0, 0.1))  # what it asks for now is done when it is thawed, or not
+        old.running, old.dead, old.frontend.closed = False, True, True
+        for task in old.tasks:
+            task.cancel()
+        await self._quiet()
+        self._boot_guest(node)
+        await asyncio.sleep(world.chance.uniform(1.5, 4))
+        world.thaw(home)
+
+    async def _split(self, node: str) -> None:
+        """The guest's machine is cut off and runs on, and a second one of the same disk is started elsewhere."""
+        world, old = self.world, self.guest
+        if old is None or old.frontend.node == node or not old.wrote:
+            return
+        home = old.frontend.node
+        ways = {
+            w for other in (METAD, *NODES) if other != home for w in ((home, other), (other, home))
+        } - world.net.cuts
+        world.note(f"split: {home} is alone")
+        self.guest = None
+        self.old_guests.append(old)
+        world.net.cuts |= ways
+        self._boot_guest(node)
+        readers = [self._task(self._reader(old)) for _ in range(2)]
+        await asyncio.sleep(world.chance.uniform(1.5, 4))
+        for reader in readers:
+            reader.cancel()
+        self._join(ways)
+        await asyncio.sleep(world.chance.uniform(0, 1))
+        old.running = False
+        await self._quiet()
+        await old.frontend.close()
+
+    async def _reader(self, guest: Guest) -> None:
+        """A thread that only reads: others may have to wait for a write while the machine is alone."""
+        while guest.running:
+            await asyncio.sleep(0.003)
+            sector = self.world.chance.randrange(len(self.registers))
+            register = self.registers[sector]
+            if not register.busy:
+                register.busy = True
+                try:
+                    await guest.read(sector, 1)
+                finally:
+                    register.busy = False
+
+    def _elsewhere(self, node: str) -> bool:
+        """Whether another steady node has an in-sync copy of whatever is in-sync on this one."""
+        image = next(iter(self.world.database.committed.images.values()))
+        for block in range(image.block_count):
+            replicas = image.replicas(block)
+            good = {n for n, r in replicas.items() if r.status == IN_SYNC and self.world.registered(n)}
+            if written(replicas) and node in good and not any(self.world.steady(n) for n in good - {node}):
+                return False
+        return True
+
+    async def _tamper(self, node: str, kind: str) -> None:
+        """Files are removed, cut off or replaced by older ones while blockd is down: it must be found out (R8)."""
+        world = self.world
+        disk = world.disks[node]
+        old = [copies[node] for at, copies in self.copies if world_time() - at > OLD_COPY_S]
+        image = next(iter(world.database.committed.images.values()))
+        paths = [_path(image.name, b) for b in range(BLOCKS) if _path(image.name, b) in disk.names_now]
+        if not world.registered(node) or not self._elsewhere(node) or not (old if kind == "old directory" else paths):
+            self.faults[kind] -= 1
+            return
+        world.kill_blockd(node)
+        world.tampered.add(node)
+        if kind == "old directory":
+            world.note(f"an older copy of the disk of {node} is put back")
+            disk.put_back(world.chance.choice(old))
+        else:
+            path = world.chance.choice(paths)
+            world.note(f"{path} of {node} is removed or cut off")
+            if world.chance.random() < 0.5:
+                disk.remove(path)
+            else:
+                disk.shorten(path, world.chance.choice((0, 512, 4096, BLOCK_BYTES - SECTOR)))
+        before = {path for path in disk.names_now if not path.rpartition("/")[2].startswith(".")}
+        self._start_blockd(node)
+        end = world_time() + 3
+        while not world.registered(node) and world_time() < end:  # noqa: ASYNC110  # another process's state
+            await asyncio.sleep(0.02)
+        if gone := before - set(disk.names_now):
+            world.violation(f"{sorted(gone)} of {node} was deleted")
+
+    async def _swap(self, a: str, b: str) -> None:
+        """Two machines come up with each other's disk: neither may take part until that is put right (R8)."""
+        world = self.world
+        if not all(world.registered(n) and not world.blockds[n].process.frozen for n in (a, b)):
+            self.faults["swap"] -= 1
+            return
+        for again in (False, True):
+            for node in (a, b):
+                world.kill_blockd(node)
+                world.tampered.add(node)
+            world.note(f"{a} and {b} have {'their own disks again' if again else 'swapped disks'}")
+            world.disks[a].swap(world.disks[b])
+            if again:
+                world.tampered -= {a, b}
+            self._start_blockd(a)
+            self._start_blockd(b)
+            if not again:
+                end = world_time() + world.chance.uniform(0.5, 1.5)
+                while world_time() < end:
+                    await asyncio.sleep(0.05)
+                    for node in (a, b):
+                        if world.registered(node):
+                            world.violation(f"{node} takes part with the disk of another node")
+
+    async def _old_metad(self) -> None:
+        """metad's database is an older copy for a while: nobody may go by it (R12)."""
+        world = self.world
+        if world.metad is None or not world.metad.alive or world.net.cuts:
+            lengths = []
+        else:
+            lengths = [count for at, count in self.lengths if world_time() - at > OLD_DATABASE_S]
+        quiet = all(world.registered(n) and not world.blockds[n].process.frozen for n in NODES)
+        if not lengths or not quiet or lengths[-1] == len(world.database.entries):
+            self.faults["old metad"] -= 1
+            return
+        await asyncio.sleep(SAVED_S)  # by then each node has stored what it saw
+        count = world.chance.choice(lengths)
+        world.note(f"metad's database is put back to change {count} of {len(world.database.entries)}")
+        world.kill_metad()
+        world.start_metad(world.database.older(count))
+        if world.chance.random() < 0.5:
+            node = world.chance.choice(NODES)
+            world.kill_blockd(node)
+            self._start_blockd(node)
+        await asyncio.sleep(world.chance.uniform(0.5, 2))
+        world.kill_metad()
+        world.note("metad has its database again")
+        world.start_metad()
+
     async def _took_over(self, guest: Guest) -> bool:
         image = next(iter(self.world.database.committed.images.values()))
         return image.writer == guest.frontend.node
@@ -291,9 +463,13 @@ class Scenario:
     # --- oracles
 
     async def _watch(self) -> None:
-        while True:
+        for count in itertools.count():
             await asyncio.sleep(0.05)
             self.check_replicas()
+            if count % 10 == 0:
+                self.lengths.append((world_time(), len(self.world.database.entries)))
+                if "old directory" in self.parameters["rare"]:
+                    self.copies.append((world_time(), {n: d.copy() for n, d in self.world.disks.items()}))
 
     def check_replicas(self) -> None:
         """In-sync replicas differ only in active blocks; the last copy is never lost."""
@@ -302,11 +478,13 @@ class Scenario:
             for block in range(image.block_count):
                 replicas = image.replicas(block)
                 good = [n for n, r in replicas.items() if r.status == IN_SYNC]
-                if replicas and not good:
+                if written(replicas):
+                    self.written.add(block)
+                if not good and (replicas or block in self.written):
                     world.violation(f"block {block} has no in-sync replica")
                 if block in image.active or not written(replicas):
                     continue
-                found = {n: _block(world.disks[n], image.name, block) for n in good}
+                found = {n: _block(world.disks[n], image.name, block) for n in good if not world.altered(n)}
                 if len(set(found.values())) > 1:
                     world.violation(f"block {block} is not active and differs between {good}: {_differences(found)}")
 
@@ -318,6 +496,7 @@ class Scenario:
         world.database.fail = 0
         for node in NODES:
             world.disks[node].full = False
+            world.disks[node].slow_s = 0.0
             world.disks[node].fail.clear()
             world.thaw(node)
             if "disk" in self.faults:  # a last copy whose flush failed stays failed until blockd is started anew
@@ -330,10 +509,8 @@ class Scenario:
         if self.guest is None:
             self._boot_guest(NODES[0])
         await asyncio.sleep(CONFIG.io_timeout)
-        before = world.counts.get("acknowledged", 0)
-        await self._until(
-            "writes go on", lambda: world.counts.get("acknowledged", 0) > before + 3, 3 * CONFIG.io_timeout
-        )
+        before = world.counts.get("stored", 0)
+        await self._until("writes go on", lambda: world.counts.get("stored", 0) > before + 3, 3 * CONFIG.io_timeout)
         end = world_time() + HEAL_LIMIT_S
         while not self._all_in_sync():
             if world_time() > end:
@@ -369,14 +546,25 @@ FAULTS = (
     "kill blockd", "kill metad", "cut", "freeze", "power", "disk", "full", "database", "sync", "stop sync", "migrate",
     "zombie", "location",
 )  # fmt: skip
+RARE = ("slow disk", "takeover", "split", "block file", "old directory", "swap", "old metad")
+"""Drawn apart, so that they leave the chances of the others as they are."""
+OLD_COPY_S = CONFIG.active_age + 1.0
+"""How old a copy of a directory must be to be found out: by then each block that is written was announced anew."""
+SAVED_S = 7 * CONFIG.beat_interval
+"""A node stores each few beats which change it has seen."""
+OLD_DATABASE_S = 1.0
 
 
 def world_time() -> float:
     return asyncio.get_running_loop().time()
 
 
+def _path(image: str, block: int) -> str:
+    return f"/data/{image}/{block:016d}"
+
+
 def _block(disk: SimDisk, image: str, block: int) -> bytes:
-    inode = disk.names_now.get(f"/data/{image}/{block:016d}")
+    inode = disk.names_now.get(_path(image, block))
     return b"" if inode is None else bytes(inode.cache)
 
 
@@ -390,8 +578,8 @@ def _differences(found: dict[str, bytes]) -> list[tuple[int, list[int]]]:
     return out
 
 
-def run(seed: int, seconds: float = 12.0) -> Result:
-    """One run from one seed."""
+def run(seed: int, seconds: float = 12.0, forced: dict[str, Any] | None = None, hasty: bool = False) -> Result:
+    """One run from one seed; ``forced`` parameters instead of drawn ones; ``hasty``: the first violation ends it."""
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
     scenario: Scenario | None = None
@@ -400,8 +588,19 @@ def run(seed: int, seconds: float = 12.0) -> Result:
 
         async def main() -> Scenario:
             nonlocal scenario
-            scenario = Scenario(seed, seconds)
-            await scenario.run()
+            scenario = Scenario(seed, seconds, forced)
+            work = loop.create_task(scenario.run())
+            ended = asyncio.Event()
+            work.add_done_callback(lambda _: ended.set())
+            if hasty:
+                scenario.world.on_violation = ended.set
+            await ended.wait()
+            if work.done():
+                work.result()
+            else:
+                work.cancel()
+            for task in scenario.tasks:
+                task.cancel()
             return scenario
 
         loop.run_until_complete(main())

@@ -28,8 +28,8 @@ def test_no_seed_fails(first: int) -> None:
     failed = [(r["seed"], r["violations"][:2], r["parameters"]) for r in records if r["violations"]]
     assert not failed
     assert sorted(r["seed"] for r in records) == list(range(first, first + GROUP))
-    happened = {kind for r in records for kind in r["faults"]}
-    assert happened == set(FAULTS), "a kind of fault that never happened proves nothing"
+    happened = {kind for r in records for kind, times in r["faults"].items() if times}
+    assert happened >= set(FAULTS), "a kind of fault that never happened proves nothing"
     assert sum(r["counts"].get("acknowledged", 0) for r in records) > 50 * GROUP
     assert sum(r["counts"].get("reads", 0) for r in records) > 50 * GROUP
 
@@ -37,7 +37,7 @@ def test_no_seed_fails(first: int) -> None:
 @pytest.mark.slow
 def test_seeds_that_failed_once() -> None:
     for seed in FAILED_ONCE:
-        process = worker(seed, 1, 1, 12.0)
+        process = worker(seed, 1, 1, 12.0, force='{"rare": []}')
         out, _ = process.communicate()
         assert process.returncode == 0
         assert json.loads(out)["violations"] == []

@@ -196,8 +196,11 @@ class Blockd:
         self.background = [loop.create_task(self.core.keep_registered()), loop.create_task(self.core.keep_house())]
 
     async def _run_disk(self, function: Callable[..., Any], *args: Any) -> Any:
-        await asyncio.sleep(self.world.chance.uniform(0.0001, 0.003 + self.disk.slow_s))
-        return function(*args)
+        delay_s = self.world.chance.uniform(0.0001, 0.003 + self.disk.slow_s)
+        await asyncio.sleep(delay_s / 2)
+        result = function(*args)
+        await asyncio.sleep(delay_s / 2)  # the loop hears of it later than it happened
+        return result
 
     async def _metad(self, op: str, fields: Header, timeout_s: float) -> Header:
         reply = await self.world.ask_metad(

@@ -1,0 +1,501 @@
+"""The rules R1–R12, each broken on purpose: what the simulator must find.
+
+A mutation takes the place of a few functions of the running code, in a process of its own (``run.py --mutation``).
+It names the rule, the faults under which breaking it does harm, and words of the oracle that must notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ukai.blockd import coordinator, files, flush, image_store, marks, replica, resync
+from ukai.blockd.activity import Activity
+from ukai.blockd.image_store import ImageStore
+from ukai.errors import NoSpace, UkaiError
+from ukai.metad import core as metad_core
+from ukai.metad import registration, replicas, roles
+from ukai.mirror import Mirror
+from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, written
+
+Patch = tuple[Any, str, Any]
+
+DEFAULT: dict[str, Any] = {
+    "threads": 4,
+    "locations": 2,
+    "local": True,
+    "fault_every_s": 0.5,
+    "lossy_publish": 0.3,
+    "repeat": 0.0,
+    "slow_ms": 1.0,
+    "rare": [],
+}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One way to break one rule."""
+
+    rule: str
+    name: str
+    patches: Callable[[], list[Patch]]
+    forced: dict[str, Any]
+    """Parameters of the runs."""
+    expect: tuple[str, ...]
+    """Words of which one is in the violation."""
+    seconds: float = 6.0
+
+
+def apply(mutation: Mutation) -> None:
+    for where, name, new in mutation.patches():
+        if isinstance(where, dict):
+            assert name in where
+            where[name] = new
+        else:
+            assert hasattr(where, name), name
+            setattr(where, name, new)
+
+
+def _nothing(*_args: Any, **_keywords: Any) -> None:
+    return None
+
+
+async def _nothing_later(*_args: Any, **_keywords: Any) -> None:
+    return None
+
+
+def _world(*faults: str, **others: Any) -> dict[str, Any]:
+    return {**DEFAULT, "faults": list(faults), **others}
+
+
+# --- R1
+
+
+def _any_epoch() -> list[Patch]:
+    def admit(self: ImageStore, epoch: int) -> None:
+        if epoch > self.epoch:
+            self.save(epoch)
+
+    return [(ImageStore, "admit", admit)]
+
+
+def _epoch_in_memory() -> list[Patch]:
+    def save(self: ImageStore, epoch: int) -> None:
+        if epoch == 0:
+            return real(self, epoch)
+        self.epoch = epoch
+        return None
+
+    real = ImageStore.save
+    return [(ImageStore, "save", save)]
+
+
+# --- R2
+
+
+def _stale_handles() -> list[Patch]:
+    real = roles._check_eligible
+
+    def eligible(image: Any, node: str, io: bool, opened_epoch: int) -> None:
+        real(image, node, io, -1)
+
+    return [(coordinator.Coordinator, "check_handle", _nothing), (roles, "_check_eligible", eligible)]
+
+
+def _role_taken_unasked() -> list[Patch]:
+    async def unasked(*_args: Any) -> dict[str, Any]:
+        return {"handles": 1, "clean": False}
+
+    async def fence(self: coordinator.Coordinator, node: str, _epoch: int) -> str:
+        return node if node == self.own or self.core.peer(node).up else ""
+
+    return [(roles, "_ask_to_release", unasked), (coordinator.Coordinator, "_fence", fence)]
+
+
+# --- R3
+
+
+def _no_fence() -> list[Patch]:
+    async def fence(self: coordinator.Coordinator, node: str, _epoch: int) -> str:
+        return node
+
+    return [(coordinator.Coordinator, "_fence", fence)]
+
+
+def _no_check_of_fences() -> list[Patch]:
+    return [(replicas, "missing_sources", lambda image, fenced: [])]
+
+
+def _no_lease_wait() -> list[Patch]:
+    def lease_end(self: metad_core.Core, node: str) -> float:
+        return self.ports.now()
+
+    return [(metad_core.Core, "lease_end", lease_end)]
+
+
+# --- R4
+
+
+def _acknowledge_before_mark() -> list[Patch]:
+    async def mark(self: marks.Marker, wanted: list[tuple[int, str, str]]) -> list[tuple[int, str]]:
+        for one in wanted:
+            self.begin(*one)
+        return []
+
+    return [(marks.Marker, "mark", mark)]
+
+
+def _failed_replica_forgotten() -> list[Patch]:
+    async def settle(self: coordinator.Coordinator, op: coordinator.Op) -> bool:
+        self._untrack(op)
+        self.hot.pop(op.block, None)
+        return False
+
+    return [(coordinator.Coordinator, "_settle", settle)]
+
+
+def _first_answer_is_enough() -> list[Patch]:
+    def answered(self: coordinator.Op, node: str, error: Any) -> None:
+        self.waiting -= 1
+        if error is not None:
+            self.failed[node] = error
+        elif self.waiting > 0 and node:
+            self.waiting = 0
+        if self.waiting == 0:
+            self.waiting = -100
+            self.done(self)
+
+    return [(coordinator.Op, "answered", answered)]
+
+
+# --- R5
+
+
+def _unannounced() -> list[Patch]:
+    async def warm_up(self: Activity, blocks: list[int]) -> None:
+        known = [b for b in blocks if written(self._c.image.replicas(b))]
+        if fresh := [b for b in blocks if b not in known]:
+            await real(self, fresh)
+        self.active.update(dict.fromkeys(known, self._c.now()))
+        self.warm.update(known)
+
+    real = Activity._warm_up
+    return [(Activity, "_warm_up", warm_up)]
+
+
+def _nothing_reconciled() -> list[Patch]:
+    return [(replicas, "reconciled", lambda image, node, fenced: {})]
+
+
+def _retired_unflushed() -> list[Patch]:
+    async def retire(self: Activity, blocks: list[int]) -> None:
+        held = self._c.flusher.unflushed
+        self._c.flusher.unflushed = {}
+        try:
+            await real(self, blocks)
+        finally:
+            self._c.flusher.unflushed = held
+
+    real = Activity._retire
+    return [(Activity, "_retire", retire)]
+
+
+# --- R6
+
+
+def _any_number() -> list[Patch]:
+    def handle(self: replica.Replica, header: Any, payload: Any) -> Any:
+        if header.get("op") in self.numbered and (session := self.sessions.get(header.get("t"))) is not None:
+            session.next = header["n"]
+        return real(self, header, payload)
+
+    real = replica.Replica.handle
+    return [(replica.Replica, "handle", handle)]
+
+
+def _any_session() -> list[Patch]:
+    def session(self: replica.Replica, header: Any) -> replica.Session:
+        found = self.sessions.get(header["t"]) or replica.Session("", "", 0, header["t"])
+        found.next = header.get("n", 0)
+        return found
+
+    return [(replica.Replica, "_session", session)]
+
+
+# --- R7
+
+
+def _flush_here_only() -> list[Patch]:
+    async def one(self: flush.Flusher, node: str, wanted: set[int], away: dict[str, str]) -> dict[int, str]:
+        return await real(self, node, wanted, away) if node == self._c.own else {}
+
+    real = flush.Flusher._one
+    return [(flush.Flusher, "_one", one)]
+
+
+def _failed_flush_ignored() -> list[Patch]:
+    async def one(self: flush.Flusher, node: str, wanted: set[int], away: dict[str, str]) -> dict[int, str]:
+        await real(self, node, wanted, away)
+        return {}
+
+    real = flush.Flusher._one
+    return [(flush.Flusher, "_one", one)]
+
+
+def _flush_of_this_process_only() -> list[Patch]:
+    async def fsync(self: flush.Flusher, _handle: Any, _deadline: float) -> None:
+        await self.flush()
+
+    return [(flush.Flusher, "fsync", fsync)]
+
+
+def _role_begins_clean() -> list[Patch]:
+    def begin(self: flush.Flusher, _active: Any) -> None:
+        self.unflushed = {}
+
+    return [(flush.Flusher, "begin", begin)]
+
+
+# --- R8
+
+
+def _generations_not_compared() -> list[Patch]:
+    return [(registration, "_older", lambda *_: []), (registration, "distrust", lambda *_: "")]
+
+
+def _reboot_overlooked() -> list[Patch]:
+    def compare(image: Any, report: Any, **about: Any) -> Any:
+        return real(image, report, **{**about, "rebooted": False})
+
+    real = registration.compare
+    return [(registration, "compare", compare)]
+
+
+def _missing_file_is_new() -> list[Patch]:
+    def file(self: ImageStore, block: int) -> int:
+        if self.disk.stat(self.path(block)) is None:
+            self._create(block)
+        return real(self, block)
+
+    def inventory(self: ImageStore) -> dict[str, Any]:
+        return {**real_inventory(self), "bad": []}
+
+    real, real_inventory = ImageStore.file, ImageStore.inventory
+    return [(ImageStore, "file", file), (ImageStore, "inventory", inventory)]
+
+
+def _name_not_synced() -> list[Patch]:
+    def make(disk: Any, directory: str, name: str, data: Any, size: int) -> None:
+        fd = disk.open(f"{directory}/{name}", create=True)
+        disk.truncate(fd, size)
+        files.write_all(disk, fd, data, 0)
+        disk.close(fd)
+
+    return [(image_store, "make_file", make)]
+
+
+def _any_store() -> list[Patch]:
+    return [(registration, "refusal", lambda cluster, report: "")]
+
+
+# --- R9
+
+
+def _last_copy_marked() -> list[Patch]:
+    def out_of_sync(image: Any, node: str, wanted: Any) -> Any:
+        where = image.locations.get(node)
+        rows = []
+        for first, last, reason in wanted if where is not None else ():
+            for a, b, r in where.within(first, last):
+                if r.status != OUT_OF_SYNC:
+                    rows.append([a, b, OUT_OF_SYNC, r.generation, reason])
+        return rows, []
+
+    return [(replicas, "out_of_sync", out_of_sync)]
+
+
+def _last_copy_removed() -> list[Patch]:
+    return [(replicas, "last_copies", lambda image, node, ranges: [])]
+
+
+# --- R10
+
+
+def _full_disk_is_success() -> list[Patch]:
+    def write(self: ImageStore, block: int, offset: int, data: Any, generation: int) -> None:
+        try:
+            real(self, block, offset, data, generation)
+        except NoSpace:
+            return
+
+    real = ImageStore.write
+    return [(ImageStore, "write", write)]
+
+
+def _full_for_ever() -> list[Patch]:
+    full: set[str] = set()
+
+    def write(self: ImageStore, block: int, offset: int, data: Any, generation: int) -> None:
+        if self.uuid in full:
+            raise NoSpace("it was full once")
+        try:
+            real(self, block, offset, data, generation)
+        except NoSpace:
+            full.add(self.uuid)
+            raise
+
+    real = ImageStore.write
+    return [(ImageStore, "write", write)]
+
+
+# --- R11
+
+
+def _copy_without_lock() -> list[Patch]:
+    async def copy(self: resync.Resync, target: str, block: int, offset: int, length: int) -> None:
+        data = await self._read(self._source(block), block, offset, length)
+        await self._send(target, block, offset, data)
+
+    return [(resync.Resync, "_copy", copy)]
+
+
+def _finish_without_compare() -> list[Patch]:
+    def synced(image: Any, target: str, ranges: Any) -> Any:
+        rows = []
+        for first, last in ranges:
+            for a, b, r in image.locations[target].within(first, last):
+                rows.append([a, b, IN_SYNC, r.generation, ""])
+        return rows, []
+
+    async def block(self: resync.Resync, target: str, number: int) -> bool:
+        try:
+            await real(self, target, number)
+        except UkaiError:
+            pass
+        while self._goes_on and (r := self._c.image.replica(target, number)) is not None:  # a poll will do
+            if r.status != SYNCING:
+                break  # it was marked: with compare-and-set its end is then no news
+            await asyncio.sleep(0.05)
+        return True
+
+    real = resync.Resync._block
+    return [(replicas, "synced", synced), (resync.Resync, "_block", block)]
+
+
+def _syncing_is_read() -> list[Patch]:
+    async def read_from(self: coordinator.Coordinator, block: int, offset: int, length: int, good: Any) -> Any:
+        mine = self.image.replica(self.own, block)
+        if mine is not None and mine.status == SYNCING:
+            return self.core.store.image(self.uuid).read(block, offset, length)
+        return await real(self, block, offset, length, good)
+
+    real = coordinator.Coordinator._read_from
+    return [(coordinator.Coordinator, "_read_from", read_from)]
+
+
+def _nothing_copied() -> list[Patch]:
+    return [(resync.Resync, "_copy", _nothing_later)]
+
+
+# --- R12
+
+
+def _older_metad_accepted() -> list[Patch]:
+    return [(metad_core.Core, "check_current", _nothing)]
+
+
+def _older_metadata_believed() -> list[Patch]:
+    def check(self: Mirror, reply: Any) -> bool:
+        self.floor = 0
+        return real(self, reply)
+
+    def reset(self: Mirror, snapshot: Any, reply: Any) -> None:
+        self.loaded = self.loaded and reply.get("inc") == self.inc
+        real_reset(self, snapshot, reply)
+
+    real, real_reset = Mirror._check, Mirror._reset
+    return [
+        (metad_core.Core, "check_current", _nothing), (Mirror, "_check", check), (Mirror, "_reset", reset),
+    ]  # fmt: skip
+
+
+DIFFERS, LACKS, STORED, READS = "is not active and differs", "does not have it", "has not stored it", "possible were"
+
+MUTATIONS = (
+    Mutation("R1", "a replica takes any epoch", _any_epoch, _world("takeover", locations=3), ("took",)),
+    Mutation("R1", "an epoch is only remembered", _epoch_in_memory, _world("kill blockd"), ("forgotten", "fenced")),
+    Mutation("R2", "stale handles write", _stale_handles, _world("zombie"), ("was replaced wrote",)),
+    Mutation("R2", "the role is taken unasked", _role_taken_unasked, _world("split", "zombie"), ("fenced", READS)),
+    Mutation("R3", "replicas are not fenced", _no_fence, _world("split", "takeover"), ("fenced",)),
+    Mutation("R3", "fences are not counted", _no_check_of_fences, _world("split"), ("fenced",)),
+    Mutation("R3", "a lease is not waited for", _no_lease_wait, _world("split"), (READS,)),
+    Mutation("R4", "acknowledged before marked", _acknowledge_before_mark, _world("cut", "freeze"), (LACKS,)),
+    Mutation("R4", "a failed replica is forgotten", _failed_replica_forgotten, _world("cut", "freeze"), (LACKS,)),
+    Mutation("R4", "the first answer is enough", _first_answer_is_enough, _world("freeze"), (LACKS,)),
+    Mutation("R5", "writes are not announced", _unannounced, _world("kill blockd", "freeze"), (DIFFERS, LACKS, READS)),
+    Mutation(
+        "R5", "nothing is reconciled", _nothing_reconciled, _world("takeover", "kill blockd"), ("fenced", DIFFERS)
+    ),
+    Mutation("R5", "retired without a flush", _retired_unflushed, _world("power"), (DIFFERS, STORED, READS)),
+    Mutation("R6", "any number is taken", _any_number, _world("migrate", repeat=0.05), (DIFFERS, READS, LACKS)),
+    Mutation("R6", "any session is taken", _any_session, _world("migrate", repeat=0.05), (DIFFERS, READS, LACKS)),
+    Mutation("R7", "only the local disk is flushed", _flush_here_only, _world("migrate"), (STORED,)),
+    Mutation("R7", "a failed flush is ignored", _failed_flush_ignored, _world("disk"), (STORED,)),
+    Mutation(
+        "R7", "only this process is flushed", _flush_of_this_process_only, _world("kill blockd", threads=1), (STORED,)
+    ),
+    Mutation("R7", "a role begins clean", _role_begins_clean, _world("kill blockd"), (STORED,)),
+    Mutation(
+        "R8",
+        "an old copy is taken",
+        _generations_not_compared,
+        _world("old directory", rare=["old directory"]),
+        (DIFFERS, LACKS, READS),
+        9.0,
+    ),
+    Mutation(
+        "R8",
+        "a reboot is overlooked",
+        _reboot_overlooked,
+        _world("power", threads=1, locations=3, power_s=0.1, fault_every_s=0.3),
+        (DIFFERS, STORED, READS),
+    ),
+    Mutation(
+        "R8", "a missing file is made anew", _missing_file_is_new, _world("block file"), (DIFFERS, LACKS, READS, STORED)
+    ),
+    Mutation("R8", "a name is not synced", _name_not_synced, _world("migrate"), (STORED,)),
+    Mutation("R8", "any disk is taken", _any_store, _world("swap"), ("with the disk of another",)),
+    Mutation("R9", "the last copy is marked", _last_copy_marked, _world("disk", locations=1), ("no in-sync replica",)),
+    Mutation("R9", "the last copy is removed", _last_copy_removed, _world("location"), ("no in-sync replica", READS)),
+    Mutation("R10", "a full disk is success", _full_disk_is_success, _world("full"), (LACKS,)),
+    Mutation("R10", "full once is full for ever", _full_for_ever, _world("full", locations=1), ("writes go on",), 3.0),
+    Mutation(
+        "R11",
+        "copied without a lock",
+        _copy_without_lock,
+        _world("location", "slow disk"),
+        (DIFFERS, LACKS, STORED, READS),
+    ),
+    Mutation(
+        "R11",
+        "in-sync without compare",
+        _finish_without_compare,
+        _world("location", "full", "cut"),
+        (DIFFERS, LACKS, STORED, READS),
+    ),
+    Mutation(
+        "R11",
+        "syncing is read",
+        _syncing_is_read,
+        _world("freeze", "sync", "slow disk", "migrate", fault_every_s=0.3),
+        (READS,),
+    ),
+    Mutation("R11", "nothing is copied", _nothing_copied, _world("freeze", "sync"), (DIFFERS, LACKS, STORED, READS)),
+    Mutation("R12", "an older metad goes on", _older_metad_accepted, _world("old metad"), ("older database",)),
+    Mutation("R12", "older metadata is believed", _older_metadata_believed, _world("old metad"), ("older database",)),
+)
+
+RULES = tuple(f"R{number}" for number in range(1, 13))
+BY_NAME = {m.name: m for m in MUTATIONS}
