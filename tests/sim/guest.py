@@ -88,7 +88,7 @@ class Guest:
         self.wrote = False
         self.tasks: list[asyncio.Task[None]] = []
         self.size = len(registers)
-        self.mine: dict[int, int] = {}
+        self.mine: dict[int, tuple[int, float]] = {}
         """Sector → the last value that this guest knows to be written."""
 
     async def thread(self) -> None:
@@ -145,7 +145,7 @@ class Guest:
             register.write_ends(value, acknowledged)
         for sector, value in enumerate(values, first):
             if acknowledged:
-                self.mine[sector] = value
+                self.mine[sector] = (value, began)
             else:
                 self.mine.pop(sector, None)
         if acknowledged:
@@ -218,10 +218,12 @@ class Guest:
             register.unflushed = register.possible | values
         return True
 
-    def _stored(self, settled: dict[int, int]) -> None:
+    def _stored(self, settled: dict[int, tuple[int, float]]) -> None:
         """What this guest wrote before a flush began is on every disk that counts when it has ended (R7)."""
-        for sector, value in settled.items():
+        for sector, (value, began) in settled.items():
             register = self.registers[sector]
+            if self.mine.get(sector) != (value, began):
+                continue  # written again meanwhile, perhaps with the same value: all discards are zeros
             if register.possible != {value} or register.pending or register.shaky:
                 continue
             for node, data in self.world.copies(sector, flushed=True).items():
