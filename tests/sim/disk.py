@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-from typing import Any
 
 from ukai.blockd.disk import Disk
 
@@ -263,8 +262,3 @@ def stored(disk: SimDisk, path: str) -> bytes:
     """What a power cut would leave of a file for certain."""
     inode = disk.names_stable.get(path)
     return b"" if inode is None else bytes(inode.stable)
-
-
-def contents(disk: SimDisk) -> dict[str, Any]:
-    """path → bytes, for a look from outside."""
-    return {path: bytes(inode.cache) for path, inode in disk.names_now.items()}

@@ -61,7 +61,6 @@ class Scenario:
         self.faults: dict[str, int] = {}
         self.registers = [Register() for _ in range(BLOCKS * BLOCK_BYTES // SECTOR)]
         self.guest: Guest | None = None
-        self.old_guests: list[Guest] = []
         self.tasks: list[asyncio.Task[Any]] = []
         self.powerless: set[str] = set()
         self.written: set[int] = set()
@@ -284,7 +283,6 @@ class Scenario:
         if old is None or old.frontend.node == node or not old.wrote:
             return  # one that never wrote may still become the writer
         self.guest = None
-        self.old_guests.append(old)
         old.running = False
         await self._quiet()
         self._boot_guest(node)
@@ -341,7 +339,6 @@ class Scenario:
         } - world.net.cuts
         world.note(f"split: {home} is alone")
         self.guest = None
-        self.old_guests.append(old)
         world.net.cuts |= ways
         self._boot_guest(node)
         readers = [self._task(self._reader(old)) for _ in range(2)]

@@ -9,7 +9,6 @@ import itertools
 import math
 import time
 from types import TracebackType
-from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -134,8 +133,3 @@ class Client:
             )
         unknown = "" if op in READ_ONLY else "; it may still be done: look with ukai-ctl status"
         return Timeout(f"metad at {self.endpoint} did not answer {op} {within}{unknown}")
-
-
-def fields_of(**fields: Any) -> Header:
-    """A request's fields, without those that are None."""
-    return {name: value for name, value in fields.items() if value is not None}
