@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ukai.blockd import coordinator, files, flush, image_store, marks, replica, resync
+from ukai.blockd import files, flush, image_store, marks, replica, resync, writes
 from ukai.blockd.activity import Activity
+from ukai.blockd.coordinator import Coordinator
 from ukai.blockd.image_store import ImageStore
+from ukai.blockd.reads import Reads
+from ukai.blockd.role import Role
 from ukai.errors import NoSpace, UkaiError
 from ukai.metad import core as metad_core
 from ukai.metad import registration, replicas, roles
@@ -101,27 +104,27 @@ def _stale_handles() -> list[Patch]:
     def eligible(image: Any, node: str, io: bool, opened_epoch: int) -> None:
         real(image, node, io, -1)
 
-    return [(coordinator.Coordinator, "check_handle", _nothing), (roles, "_check_eligible", eligible)]
+    return [(Coordinator, "check_handle", _nothing), (roles, "_check_eligible", eligible)]
 
 
 def _role_taken_unasked() -> list[Patch]:
     async def unasked(*_args: Any) -> dict[str, Any]:
         return {"handles": 1, "clean": False}
 
-    async def fence(self: coordinator.Coordinator, node: str, _epoch: int) -> str:
-        return node if node == self.own or self.core.peer(node).up else ""
+    async def fence(self: Role, node: str, _epoch: int) -> str:
+        return node if node == self._c.own or self._c.core.peer(node).up else ""
 
-    return [(roles, "_ask_to_release", unasked), (coordinator.Coordinator, "_fence", fence)]
+    return [(roles, "_ask_to_release", unasked), (Role, "_fence", fence)]
 
 
 # --- R3
 
 
 def _no_fence() -> list[Patch]:
-    async def fence(self: coordinator.Coordinator, node: str, _epoch: int) -> str:
+    async def fence(self: Role, node: str, _epoch: int) -> str:
         return node
 
-    return [(coordinator.Coordinator, "_fence", fence)]
+    return [(Role, "_fence", fence)]
 
 
 def _no_check_of_fences() -> list[Patch]:
@@ -148,16 +151,16 @@ def _acknowledge_before_mark() -> list[Patch]:
 
 
 def _failed_replica_forgotten() -> list[Patch]:
-    async def settle(self: coordinator.Coordinator, op: coordinator.Op) -> bool:
+    async def settle(self: writes.Writes, op: writes.Op) -> bool:
         self._untrack(op)
-        self.hot.pop(op.block, None)
+        self._c.hot.pop(op.block, None)
         return False
 
-    return [(coordinator.Coordinator, "_settle", settle)]
+    return [(writes.Writes, "_settle", settle)]
 
 
 def _first_answer_is_enough() -> list[Patch]:
-    def answered(self: coordinator.Op, node: str, error: Any) -> None:
+    def answered(self: writes.Op, node: str, error: Any) -> None:
         self.waiting -= 1
         if error is not None:
             self.failed[node] = error
@@ -167,7 +170,7 @@ def _first_answer_is_enough() -> list[Patch]:
             self.waiting = -100
             self.done(self)
 
-    return [(coordinator.Op, "answered", answered)]
+    return [(writes.Op, "answered", answered)]
 
 
 # --- R5
@@ -385,14 +388,15 @@ def _finish_without_compare() -> list[Patch]:
 
 
 def _syncing_is_read() -> list[Patch]:
-    async def read_from(self: coordinator.Coordinator, block: int, offset: int, length: int, good: Any) -> Any:
-        mine = self.image.replica(self.own, block)
+    async def read_from(self: Reads, block: int, offset: int, length: int, good: Any) -> Any:
+        c = self._c
+        mine = c.image.replica(c.own, block)
         if mine is not None and mine.status == SYNCING:
-            return self.core.store.image(self.uuid).read(block, offset, length)
+            return c.core.store.image(c.uuid).read(block, offset, length)
         return await real(self, block, offset, length, good)
 
-    real = coordinator.Coordinator._read_from
-    return [(coordinator.Coordinator, "_read_from", read_from)]
+    real = Reads._read_from
+    return [(Reads, "_read_from", read_from)]
 
 
 def _nothing_copied() -> list[Patch]:

@@ -29,7 +29,10 @@ PURE = (
     "blockd/marks",
     "blockd/peer",
     "blockd/replica",
+    "blockd/reads",
     "blockd/resync",
+    "blockd/role",
+    "blockd/writes",
     "frontend/core",
 )
 LIBRARY = {

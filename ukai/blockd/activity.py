@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from ukai.errors import Timeout, UkaiError
+from ukai.errors import NotFound, StaleEpoch, Timeout, UkaiError
+from ukai.model import IN_SYNC
 from ukai.ranges import RangeSet, join
 
 if TYPE_CHECKING:
@@ -93,8 +94,53 @@ class Activity:
             for block in cold:
                 self.active[block] = now
             self._doubtful.difference_update(cold)
-        await self._c.stamp(blocks)
+        await self._stamp(blocks)
         self.warm.update(blocks)
+
+    async def _stamp(self, blocks: list[int]) -> None:
+        """Have every target of some active blocks store their generation (R5, R8).  Raises UkaiError."""
+        c = self._c
+        by: dict[tuple[str, int], list[int]] = {}
+        for block in blocks:
+            for node, replica in c.image.replicas(block).items():
+                if replica.status == IN_SYNC:
+                    by.setdefault((node, replica.generation), []).append(block)
+        keys = list(by)
+        done = await asyncio.gather(*(self._stamp_one(n, g, by[(n, g)]) for n, g in keys))
+        failed: dict[int, dict[str, UkaiError]] = {}
+        for (node, generation), error in zip(keys, done, strict=True):
+            if error is not None:
+                for block in by[(node, generation)]:
+                    failed.setdefault(block, {})[node] = error
+        marks = []
+        for block, errors in failed.items():
+            nodes = {n for n, r in c.image.replicas(block).items() if r.status == IN_SYNC}
+            if nodes <= set(errors):
+                raise next(iter(errors.values()))
+            marks += [(block, n, e.message) for n, e in errors.items()]
+        if marks:
+            await c.marker.mark(marks)
+
+    async def _stamp_one(self, node: str, generation: int, blocks: list[int]) -> UkaiError | None:
+        c = self._c
+        try:
+            if node == c.own:
+                image = c.core.store.image(c.uuid)
+                for block in blocks:
+                    image.ready(block, generation)
+                    await asyncio.sleep(0)
+                return None
+            ranges = [[b, b] for b in blocks]
+            peer = c.core.peer(node)
+            await peer.settled()
+            await peer.ask("g", {"i": c.uuid, "e": c.epoch, "g": generation, "ranges": ranges}, numbered=True)
+        except (StaleEpoch, NotFound) as e:
+            if isinstance(e, StaleEpoch):
+                c.role.lose(e.message)
+            return e
+        except UkaiError as e:
+            return e
+        return None
 
     # --- retiring
 
@@ -138,7 +184,7 @@ class Activity:
         c = self._c
         unstamped = [b for b in blocks if b not in self.warm]
         if unstamped:
-            await c.stamp(unstamped)
+            await self._stamp(unstamped)
             self.warm.update(unstamped)
         for block in blocks:
             c.hot.pop(block, None)
@@ -160,4 +206,4 @@ class Activity:
             self.warm.update(b for b in blocks if b in self.active and b not in self._doubtful)
             for block in blocks:
                 self._idle_since.pop(block, None)
-                c.reads.pop(block, None)
+                c.readable.pop(block, None)

@@ -133,7 +133,7 @@ class Core:
     def _epoch_seen(self, uuid: str, epoch: int) -> None:
         c = self.coordinators.get(uuid)
         if c is not None and c.held and epoch > c.epoch:
-            c.lose(f"epoch {epoch} has begun")
+            c.role.lose(f"epoch {epoch} has begun")
 
     def _rebooted(self, node: str) -> None:
         for c in self.coordinators.values():
@@ -173,13 +173,13 @@ class Core:
         elif kind == "image":
             c = self.coordinators.get(change["uuid"])
             if c is not None and c.held and "writer" in change and change["writer"] not in ("", self.node):
-                c.lose(f"node {change['writer']} is the writer now")
+                c.role.lose(f"node {change['writer']} is the writer now")
             if change.get("online"):
                 self.frontends.closed.discard(change["uuid"])
         elif kind == "image-drop":
             c = self.coordinators.pop(change["uuid"], None)
             if c is not None:
-                c.lose("the image was removed")
+                c.role.lose("the image was removed")
             self.frontends.closed.discard(change["uuid"])
 
     def _reset(self) -> None:
@@ -248,7 +248,7 @@ class Core:
         self.lease_until = sent_at + self.config.lease
         for uuid in reply.get("lost", []):
             if uuid in self.coordinators:
-                self.coordinators[uuid].lose("metad knows another writer")
+                self.coordinators[uuid].role.lose("metad knows another writer")
         self._beats += 1
         if self._beats % SAVE_BEATS == 0 and self.store.highest_seq < self.mirror.seq:
             self._save_store()
@@ -286,7 +286,7 @@ class Core:
     async def _give_up(self, c: Coordinator) -> None:
         """Return the role to metad, flushed."""
         epoch = c.epoch
-        if await c.release(epoch, self.now() + self.config.io_timeout):
+        if await c.role.release(epoch, self.now() + self.config.io_timeout):
             await self.metad("release", {"image": c.uuid, "epoch": epoch})
 
     async def _hand_back(self, c: Coordinator, epoch: int) -> None:
@@ -353,5 +353,5 @@ class Core:
         if c is None or not c.held:
             raise NotCoordinator("this node is not the writer")
         async with asyncio.timeout(self.config.io_timeout):
-            data = await c.read_held(integer(header, "o"), integer(header, "l", 1, TRANSFER_LIMIT_BYTES))
+            data = await c.reads.read_held(integer(header, "o"), integer(header, "l", 1, TRANSFER_LIMIT_BYTES))
         return {}, data

@@ -66,7 +66,7 @@ class Flusher:
 
         This process may hold no role, because nothing was written since it began, or because metad took it.  Blocks
         that are active then may be unflushed, and only a coordinator can flush them; where none are, all is flushed.
-        Raises what acquire() and flush() raise, StaleHandle.
+        Raises what Role.acquire() and flush() raise, StaleHandle.
         """
         c = self._c
         while not c.held:
@@ -78,7 +78,7 @@ class Flusher:
             if image.writer and not mine:
                 break  # another node's writes: nothing of this handle is among them
             try:
-                await c.acquire(handle.epoch, "io" if mine else "read", deadline)
+                await c.role.acquire(handle.epoch, "io" if mine else "read", deadline)
             except Busy:
                 await c.core.catch_up()
         await self.flush()

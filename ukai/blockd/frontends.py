@@ -126,7 +126,9 @@ class Frontends:
     def _read(self, header: Header, _payload: Payload | None, reply: Reply) -> None:
         handle = self._handle(header)
         length = integer(header, "l", 1, TRANSFER_LIMIT_BYTES)
-        handle.coordinator.read(integer(header, "o"), length, self._answer(reply, handle.coordinator, "read", length))
+        handle.coordinator.reads.read(
+            integer(header, "o"), length, self._answer(reply, handle.coordinator, "read", length)
+        )
 
     def _write(self, header: Header, payload: Payload | None, reply: Reply) -> None:
         handle = self._handle(header)
@@ -134,12 +136,12 @@ class Frontends:
         c = handle.coordinator
         if header["op"] == "z":
             length = integer(header, "l", 1)
-            c.write(handle, integer(header, "o"), None, length, sync, self._answer(reply, c, "discard", length))
+            c.writes.write(handle, integer(header, "o"), None, length, sync, self._answer(reply, c, "discard", length))
             return
         if not payload or len(payload) > TRANSFER_LIMIT_BYTES:
             raise RemoteProtocolError(f"a write carries 1 to {TRANSFER_LIMIT_BYTES} bytes")
         length = len(payload)
-        c.write(handle, integer(header, "o"), payload, length, sync, self._answer(reply, c, "write", length))
+        c.writes.write(handle, integer(header, "o"), payload, length, sync, self._answer(reply, c, "write", length))
 
     def _flush(self, header: Header, _payload: Payload | None, reply: Reply) -> None:
         handle = self._handle(header)

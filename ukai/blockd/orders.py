@@ -37,7 +37,7 @@ class Orders:
         uuid = text(header, "image", 36)
         handles = sum(1 for h in self._core.frontends.handles.values() if h.coordinator.uuid == uuid)
         c = self._core.coordinators.get(uuid)
-        clean = c is not None and await c.release(
+        clean = c is not None and await c.role.release(
             integer(header, "epoch"), self._core.now() + self._core.config.io_timeout / 2
         )
         return {"handles": handles, "clean": clean}
@@ -46,7 +46,7 @@ class Orders:
         uuid = text(header, "image", 36)
         purpose = text(header, "purpose", 10, "sync")
         c = self._core.coordinator(uuid)
-        await c.acquire(-1, purpose, self._core.now() + self._core.config.io_timeout / 2)
+        await c.role.acquire(-1, purpose, self._core.now() + self._core.config.io_timeout / 2)
         c.idle_since = self._core.now()
         return {"epoch": c.epoch}
 

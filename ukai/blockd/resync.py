@@ -323,7 +323,7 @@ class Resync:
             entry = (offset, offset + length, future)
             c.locks.setdefault(block, []).append(entry)
             try:
-                await c.passed(block, offset, offset + length)
+                await c.writes.passed(block, offset, offset + length)
                 source = self._source(block)
                 data = await self._read(source, block, offset, length)
                 sending = self._send(target, block, offset, data)

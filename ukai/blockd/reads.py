@@ -1,0 +1,170 @@
+"""Reads of one image: from an in-sync replica, the local one first, or from the writer where that is another node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ukai.blockd.files import zeros
+from ukai.blockd.peer import Payload
+from ukai.blockd.role import RETRY_S
+from ukai.errors import Busy, DiskError, NotCoordinator, NotReady, UkaiError, Unreachable
+from ukai.model import IN_SYNC, written
+
+if TYPE_CHECKING:
+    from ukai.blockd.coordinator import Coordinator
+
+ReadDone = Callable[[UkaiError | None, "Payload | None"], None]
+
+
+class Reads:
+    """Where an image's reads are answered from."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._c = coordinator
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        """Read part of the image: from the local replica if it is in-sync, else from a remote one."""
+        c = self._c
+        image = c.core.mirror.cluster.images.get(c.uuid)
+        if image is not None and c.held and c.now() < c.core.lease_until:
+            block, within = divmod(offset, image.block_size)
+            if within + length <= image.block_size and block not in c.inflight:
+                local = c.readable.get(block)
+                if local is None:
+                    if block in c.readable:
+                        done(None, zeros(length))
+                        return
+                else:
+                    try:
+                        data = local.read_cached(block, within, length)
+                    except UkaiError:
+                        data = None
+                    if data is not None:
+                        done(None, data)
+                        return
+        c.core.spawn(self._read_slow(offset, length, done))
+
+    async def _read_slow(self, offset: int, length: int, done: ReadDone) -> None:
+        c = self._c
+        deadline = c.now() + c.core.config.io_timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                data = await self.read_anyhow(offset, length, deadline)
+        except TimeoutError:
+            done(c.late("read"), None)
+        except UkaiError as e:
+            done(e, None)
+        else:
+            done(None, data)
+
+    async def read_anyhow(self, offset: int, length: int, deadline: float) -> Payload:
+        """A read by a node that may or may not be the writer.  Raises UkaiError."""
+        c = self._c
+        while True:
+            try:
+                if c.held:
+                    data = await self.read_held(offset, length)
+                    c.hindrance = ""
+                    return data
+                writer = c.image.writer
+                if writer and writer != c.own:
+                    peer = c.core.peer(writer)
+                    await peer.settled()
+                    try:
+                        reply = await peer.ask("cr", {"i": c.uuid, "o": offset, "l": length})
+                        return reply[1] or b""
+                    except (NotCoordinator, Unreachable) as e:
+                        await c.core.catch_up()
+                        if c.image.writer == writer and isinstance(e, Unreachable):
+                            await c.role.acquire(-1, "read", deadline)
+                else:
+                    await c.role.acquire(-1, "read", deadline)
+            except Busy:
+                await c.core.catch_up()  # somebody else is the writer: ask there
+            except UkaiError as e:
+                if not e.retry or c.now() >= deadline:
+                    raise
+                c.hindrance = e.message
+            await asyncio.sleep(RETRY_S)
+
+    async def read_held(self, offset: int, length: int) -> Payload:
+        """Raises NotCoordinator when the role is not held, UkaiError."""
+        pieces = self._c.pieces(offset, length)
+        parts = await asyncio.gather(*(self._read_piece(b, o, n) for b, o, n, _ in pieces))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _read_piece(self, block: int, offset: int, length: int) -> Payload:
+        c = self._c
+        while True:
+            if not c.held or not c.role.leased():
+                raise NotReady("it can't be told whether this node is still the writer")
+            if block in c.inflight:  # what is read must not go away again when this node dies
+                epoch = c.epoch
+                await c.writes.passed(block, offset, offset + length)
+                if not c.holds(epoch):
+                    continue
+            if block in c.image.active and block not in c.activity.warm:  # announced, perhaps not stamped yet
+                await c.activity.make_warm([block])
+                continue
+            replicas = c.image.replicas(block)
+            if not written(replicas):
+                c.readable[block] = None
+                return zeros(length)
+            suspects = c.marker.suspects(block)
+            good = {n: r.generation for n, r in replicas.items() if r.status == IN_SYNC and n not in suspects}
+            if not good:
+                raise Unreachable(f"no in-sync copy of block {block} can be read")
+            data = await self._read_from(block, offset, length, good)
+            if data is not None:
+                return data
+
+    async def _read_from(self, block: int, offset: int, length: int, good: dict[str, int]) -> Payload | None:
+        """Try replicas in turn; a bad one is marked (R4).  None: look again.  Raises UkaiError."""
+        c = self._c
+        errors: dict[str, UkaiError] = {}
+        order = sorted(good, key=lambda n: (n != c.own, not (n == c.own or c.core.peer(n).up), n))
+        for node in order:
+            try:
+                if node == c.own:
+                    store = c.core.store.image(c.uuid)
+                    store.check(block, good[node])
+                    data: Payload | None = store.read_cached(block, offset, length)
+                    if data is None:
+                        data = await c.core.run_disk(store.read_beside, store.borrow(block), block, offset, length)
+                    if self._readable_here(block, good[node]):
+                        c.readable[block] = store
+                else:
+                    fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "g": good[node]}
+                    peer = c.core.peer(node)
+                    await peer.settled()
+                    _, data = await peer.ask("r", fields)
+            except DiskError as e:
+                errors[node] = e
+                continue
+            except UkaiError as e:
+                errors[node] = e
+                continue
+            bad = [(block, n, e.message) for n, e in errors.items() if isinstance(e, DiskError)]
+            if bad:
+                await c.marker.mark(bad)
+            return data
+        suspects = c.marker.suspects(block)  # as the caller left them out: else this would never come to an end
+        replicas = c.image.replicas(block).items()
+        current = {n: r.generation for n, r in replicas if r.status == IN_SYNC and n not in suspects}
+        if current != good:
+            return None
+        raise next((e for e in errors.values() if e.retry), next(iter(errors.values())))
+
+    def _readable_here(self, block: int, generation: int) -> bool:
+        """Whether the local replica is in-sync now, and will be read until something about the block changes."""
+        c = self._c
+        replica = c.image.replica(c.own, block)
+        return (
+            replica is not None
+            and replica.status == IN_SYNC
+            and replica.generation == generation
+            and c.own not in c.marker.suspects(block)
+            and (block not in c.image.active or block in c.activity.warm)
+        )

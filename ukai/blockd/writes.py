@@ -1,0 +1,338 @@
+"""Writes of one image: to every replica, in one order, answered late (R4, R6, R10).
+
+The healthy path is short on purpose: look up the block, write the local file, send to the peers, answer when
+all have answered.  Whatever is not as expected (cold block, lost role, peer away, chunk locked by a resync)
+goes to the slow path, which is written for reading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ukai.blockd.image_store import ImageStore
+from ukai.blockd.peer import Payload, Peer
+from ukai.blockd.role import RETRY_S
+from ukai.errors import Damaged, DiskError, NoSpace, StaleEpoch, Timeout, UkaiError, Unreachable
+from ukai.messages import Header
+from ukai.model import IN_SYNC, OUT_OF_SYNC, written
+
+if TYPE_CHECKING:
+    from ukai.blockd.coordinator import Coordinator, Handle
+
+PIECES_AT_ONCE = 32
+
+Done = Callable[[UkaiError | None], None]
+
+
+class Hot:
+    """Where the writes of a warm block go, in this epoch and generation."""
+
+    __slots__ = ("clean", "generation", "local", "nodes", "peers", "touched", "trusted")
+
+    def __init__(
+        self, generation: int, local: ImageStore | None, peers: list[Peer], own: str, trusted: set[str]
+    ) -> None:
+        self.generation, self.local, self.peers = generation, local, peers
+        self.nodes = tuple(p.node for p in peers) + ((own,) if local is not None else ())
+        self.trusted = trusted
+        """Nodes whose replica is in-sync; the others are syncing."""
+        self.clean = True
+        self.touched = True
+
+
+class Op:
+    """One write, or discard, of a part of one block, on its way to the replicas."""
+
+    __slots__ = ("block", "done", "end", "ended", "epoch", "failed", "hot", "offset", "waiting")
+
+    def __init__(self, block: int, offset: int, end: int, hot: Hot, epoch: int, done: Callable[[Op], None]) -> None:
+        self.block, self.offset, self.end, self.hot, self.epoch, self.done = block, offset, end, hot, epoch, done
+        self.waiting = 0
+        self.failed: dict[str, UkaiError] = {}
+        self.ended: asyncio.Future[None] | None = None
+        """Made by whoever must wait until the write is settled."""
+
+    def answered(self, node: str, error: UkaiError | None) -> None:
+        if error is not None:
+            self.failed[node] = error
+        self.waiting -= 1
+        if self.waiting == 0:
+            self.done(self)
+
+
+class Writes:
+    """The way of an image's writes to its replicas."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._c = coordinator
+        self._quiet: asyncio.Event | None = None
+
+    def write(self, handle: Handle, offset: int, data: Payload | None, length: int, sync: bool, done: Done) -> None:
+        """Write ``data`` at ``offset`` of the image, or make ``length`` bytes read as zeros where it is None."""
+        c = self._c
+        image = c.core.mirror.cluster.images.get(c.uuid)
+        if image is not None:
+            block, within = divmod(offset, image.block_size)
+            hot = c.hot.get(block)
+            if (
+                hot is not None
+                and not sync
+                and block not in c.locks
+                and c.frozen is None
+                and within + length <= image.block_size
+                and handle.epoch >= image.lost.get(c.own, 0)
+                and block not in c.marker.pending
+            ):
+                self._apply(
+                    block, within, data, length, hot, lambda op: self._finish_fast(op, handle, data, length, done)
+                )
+                return
+        c.core.spawn(self._write_slow(handle, offset, data, length, sync, done))
+
+    def _apply(
+        self, block: int, offset: int, data: Payload | None, length: int, hot: Hot, done: Callable[[Op], None]
+    ) -> None:
+        """Hand one write to the local file and to every peer, no wait between: one order everywhere (R6)."""
+        c = self._c
+        op = Op(block, offset, offset + length, hot, c.epoch, done)
+        hot.touched = True
+        if hot.clean:
+            hot.clean = False
+            c.flusher.dirty(block, hot.nodes)
+        ops = c.inflight.get(block)
+        if ops is None:
+            c.inflight[block] = [op]
+        else:
+            ops.append(op)
+        op.waiting = 1
+        for peer in hot.peers:
+            header: Header = {"i": c.uuid, "e": op.epoch, "b": block, "o": offset, "g": hot.generation}
+            if data is None:
+                header["op"], header["l"] = "z", length
+            else:
+                header["op"] = "w"
+            op.waiting += 1
+            node = peer.node
+            if not peer.numbered(header, data, lambda error, _h, _p, node=node: op.answered(node, error)):  # type: ignore[misc]
+                op.waiting -= 1
+                op.failed[node] = Unreachable(f"node {node}: {peer.reason}")
+        error: UkaiError | None = None
+        if hot.local is not None:
+            try:
+                if data is None:
+                    hot.local.punch(block, offset, length, hot.generation)
+                else:
+                    hot.local.write(block, offset, data, hot.generation)
+            except UkaiError as e:
+                error = e
+        op.answered(c.own, error)
+
+    def _untrack(self, op: Op) -> None:
+        c = self._c
+        ops = c.inflight[op.block]
+        ops.remove(op)
+        if op.ended is not None:
+            op.ended.set_result(None)
+        if not ops:
+            del c.inflight[op.block]
+            if not c.inflight and self._quiet is not None:
+                self._quiet.set()
+
+    def _finish_fast(self, op: Op, handle: Handle, data: Payload | None, length: int, done: Done) -> None:
+        c = self._c
+        if not op.failed:
+            self._untrack(op)
+            done(None)
+            return
+
+        async def settle() -> None:
+            deadline = c.now() + c.core.config.io_timeout
+            try:
+                async with asyncio.timeout_at(deadline):
+                    if await self._settle(op):
+                        await self._piece(handle, op.block, op.offset, data, length, deadline)
+            except TimeoutError:
+                done(Timeout("the write could not be completed in time"))
+            except UkaiError as e:
+                done(e)
+            else:
+                done(None)
+
+        c.core.spawn(settle())
+
+    async def _write_slow(
+        self, handle: Handle, offset: int, data: Payload | None, length: int, sync: bool, done: Done
+    ) -> None:
+        c = self._c
+        deadline = c.now() + c.core.config.io_timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                pieces = c.pieces(offset, length)
+                for at in range(0, len(pieces), PIECES_AT_ONCE):
+                    group = pieces[at : at + PIECES_AT_ONCE]
+                    ended = await asyncio.gather(
+                        *(
+                            self._piece(
+                                handle, b, o, None if data is None else memoryview(data)[p : p + n], n, deadline
+                            )
+                            for b, o, n, p in group
+                        ),
+                        return_exceptions=True,  # no piece may still be at work when the caller hears of an error
+                    )
+                    for error in ended:
+                        if isinstance(error, BaseException):
+                            raise error
+                if sync:
+                    await c.flusher.flush()
+        except TimeoutError:
+            done(c.late("write"))
+        except UkaiError as e:
+            done(e)
+        else:
+            done(None)
+
+    async def _piece(
+        self, handle: Handle, block: int, offset: int, data: Payload | None, length: int, deadline: float
+    ) -> None:
+        """Write one part of one block, whatever it takes.  Raises UkaiError."""
+        c = self._c
+        loop = asyncio.get_running_loop()
+        while True:
+            c.check_handle(handle)
+            try:
+                await c.role.acquire(handle.epoch, "io", deadline)
+                if data is None and not written(c.image.replicas(block)):
+                    return
+                hot = await self._heat(block, offset, offset + length)
+            except UkaiError as e:
+                if not e.retry or c.now() >= deadline:
+                    raise
+                c.hindrance = e.message
+                await asyncio.sleep(RETRY_S)
+                continue
+            if hot is None:
+                continue
+            future: asyncio.Future[Op] = loop.create_future()
+            self._apply(block, offset, data, length, hot, lambda op, f=future: f.done() or f.set_result(op))  # type: ignore[misc]
+            try:
+                if not await asyncio.shield(c.core.spawn(self._watch(future))):
+                    c.hindrance = ""
+                    return
+            except UkaiError as e:
+                if not e.retry or c.now() >= deadline:
+                    raise
+                c.hindrance = e.message
+
+    async def _watch(self, future: asyncio.Future[Op]) -> bool:
+        """Wait for one write and settle it, also when the request itself has run out of time."""
+        op = await future
+        if not op.failed:
+            self._untrack(op)
+            return False
+        return await self._settle(op)
+
+    async def _heat(self, block: int, offset: int, end: int) -> Hot | None:
+        """The targets of a block, warm and reachable; None: look again.  Raises UkaiError."""
+        c = self._c
+        if c.frozen is not None:
+            await c.frozen.wait()
+            return None
+        for start, stop, lock in c.locks.get(block, ()):
+            if start < end and offset < stop:
+                await asyncio.shield(lock)
+                return None
+        await c.marker.settled(block)
+        if block not in c.activity.warm:
+            await c.activity.make_warm([block])
+            return None
+        if (hot := c.hot.get(block)) is not None:
+            return hot
+        replicas = {n: r for n, r in c.image.replicas(block).items() if r.status != OUT_OF_SYNC}
+        away = await self._away(set(replicas))
+        if not c.held or block not in c.activity.warm:
+            return None
+        trusted = {n for n, r in replicas.items() if r.status == IN_SYNC}
+        if not trusted - set(away):
+            raise Unreachable(f"no in-sync copy of block {block} can be reached: {next(iter(away.values()), 'none')}")
+        if away:
+            await c.marker.mark([(block, n, reason) for n, reason in away.items()])
+            return None
+        local = c.core.store.images.get(c.uuid) if c.own in replicas else None
+        peers = [c.core.peer(n) for n in replicas if n != c.own]
+        generation = max(r.generation for r in replicas.values())
+        hot = c.hot[block] = Hot(generation, local, peers, c.own, trusted)
+        return hot
+
+    async def _away(self, nodes: set[str]) -> dict[str, str]:
+        """Those of some nodes that can't be written to, with the reason."""
+        c = self._c
+        away = {}
+        for node in sorted(nodes):
+            if node == c.own:
+                if c.uuid not in c.core.store.images:
+                    away[node] = "no data of this image on the node"
+            elif not (peer := c.core.peer(node)).up and not await peer.settled():
+                away[node] = peer.reason
+        return away
+
+    async def _settle(self, op: Op) -> bool:
+        """Deal with a write that failed somewhere (R4, R10); whether it must be sent again.
+
+        Raises UkaiError for what the caller must hear of.
+        """
+        c = self._c
+        try:
+            if any(isinstance(e, StaleEpoch) for e in op.failed.values()):
+                if c.epoch == op.epoch:
+                    c.role.lose(next(e.message for e in op.failed.values() if isinstance(e, StaleEpoch)))
+                return True
+            if not c.held or c.epoch != op.epoch:
+                return True
+            trusted = op.hot.trusted
+            if trusted - op.failed.keys():
+                kept = await c.marker.mark([(op.block, n, e.message) for n, e in op.failed.items()])
+                if any(n in trusted for _, n in kept):
+                    raise DiskError(f"image {c.name()}: block {op.block} was written to no replica that counts")
+                return False
+            return await self._nowhere(op)
+        finally:
+            self._untrack(op)
+            c.hot.pop(op.block, None)
+
+    async def _nowhere(self, op: Op) -> bool:
+        """No in-sync replica took the write: never success (R4)."""
+        c = self._c
+        trusted = op.hot.trusted
+        untouched = [n for n in trusted if not _touched(op.failed[n])]
+        keep = c.own if c.own in (untouched or trusted) else sorted(untouched or trusted)[0]
+        astray = {n for n in op.hot.nodes if n not in op.failed or _touched(op.failed[n])} - {keep}
+        if _touched(op.failed[keep]) or astray:
+            astray = set(op.hot.nodes) - {keep}
+        if astray:
+            reasons = {n: op.failed[n].message if n in op.failed else "may differ after a failed write" for n in astray}
+            await c.marker.mark([(op.block, n, reasons[n]) for n in sorted(astray)])
+        error = op.failed[keep]
+        if isinstance(error, Unreachable):
+            return True
+        raise error
+
+    async def passed(self, block: int, start: int, end: int) -> None:
+        """Wait until no write that touches this part of a block is under way."""
+        while ops := [op for op in self._c.inflight.get(block, ()) if op.offset < end and start < op.end]:
+            if ops[0].ended is None:
+                ops[0].ended = asyncio.get_running_loop().create_future()
+            await asyncio.shield(ops[0].ended)
+
+    async def drained(self) -> None:
+        while self._c.inflight:
+            self._quiet = asyncio.Event()
+            await self._quiet.wait()
+
+
+def _touched(error: UkaiError) -> bool:
+    """Whether a replica that failed with this error may have altered its file."""
+    if isinstance(error, NoSpace):
+        return error.details.get("touched") is not False
+    return not isinstance(error, Damaged)
