@@ -57,6 +57,7 @@ list_missing() {
     { has_command mkfs.ext4 && has_command fsck.ext4; } || want e2fsprogs "the demo makes a filesystem on an image"
     has_command fio || want fio "load in the demo and the tests"
     { has_command mount && has_command losetup; } || want mount "loop mounts in the demo and the tests"
+    has_command ip || want iproute2 "cut cables in the tests"
     has_command findmnt || want util-linux "loop mounts in the demo and the tests"
     [ -e /etc/ssl/certs/ca-certificates.crt ] || want ca-certificates "pip speaks to PyPI over TLS"
 }

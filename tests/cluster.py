@@ -26,6 +26,7 @@ from tests import machine
 from tests.blocks import Difference, differences
 from tests.logs import LogFile, LogLine
 from tests.machine import PortRange, wait_for
+from tests.mesh import Mesh, MeshPorts
 from ukai import messages
 
 PROCESSES = ("metad", "blockd", "frontend")
@@ -57,8 +58,9 @@ class CtlError(AssertionError):
 class Process:
     """One daemon on one node, over all its lives.  ``popen`` is None while it is not meant to run."""
 
-    def __init__(self, node: str, name: str, env: Mapping[str, str], log: Path) -> None:
+    def __init__(self, node: str, name: str, env: Mapping[str, str], log: Path, command: Sequence[str] = ()) -> None:
         self.node, self.name, self.env = node, name, env
+        self.command = command or [program(f"ukai-{name}")]
         self.log = LogFile(log)
         self.popen: subprocess.Popen[bytes] | None = None
         self.stopped = False
@@ -77,7 +79,7 @@ class Process:
         self.stopped = False
         with self.log.path.open("ab") as out:
             self.popen = subprocess.Popen(
-                [program(f"ukai-{self.name}")],
+                self.command,
                 env=dict(self.env),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -106,9 +108,10 @@ class Process:
 
 
 class Cluster:
-    """Nodes 1 … ``nodes``; metad on node 1, blockd on each, a frontend on the nodes in ``frontends``.
+    """Nodes 1 … ``nodes``; metad on node 1, blockd on each or on those in ``blockds``, a frontend on ``frontends``.
 
-    ``settings`` are keys of ``ukai.config``, over ``DEFAULTS``.  A context manager: ``with`` starts all and waits until
+    ``settings`` are keys of ``ukai.config``, over ``DEFAULTS``.  With a ``mesh`` its hosts are the nodes, and it stays
+    the caller's.  A context manager: ``with`` starts all and waits until
     they are ready; the end compares nothing, stops all, and raises AssertionError with what was left behind.
     """
 
@@ -119,11 +122,14 @@ class Cluster:
         frontends: Sequence[int] = (1,),
         binding: str = "auto",
         settings: Mapping[str, object] | None = None,
+        blockds: Sequence[int] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.root = root
-        self.addresses = [f"127.0.0.{n}" for n in range(1, nodes + 1)]
+        self.root, self.mesh = root, mesh
+        self.addresses = mesh.addresses if mesh is not None else [f"127.0.0.{n}" for n in range(1, nodes + 1)]
         self.frontends = [self.node(n) for n in frontends]
-        self.ports = PortRange(self.addresses, 6)
+        self.blockds = self.addresses if blockds is None else [self.node(n) for n in blockds]
+        self.ports: PortRange | MeshPorts = MeshPorts() if mesh is not None else PortRange(self.addresses, 6)
         self.run_root = Path(tempfile.mkdtemp(prefix="ukai-", dir="/tmp"))  # short: socket paths hold 107 bytes
         self._allowed: list[re.Pattern[str]] = []
         (root / "log").mkdir(parents=True)
@@ -145,12 +151,12 @@ class Cluster:
         self.processes: dict[tuple[str, str], Process] = {}
         for address in self.addresses:
             for name in PROCESSES:
-                if (name == "metad" and address != self.addresses[0]) or (
-                    name == "frontend" and address not in self.frontends
-                ):
+                where = {"metad": self.addresses[:1], "blockd": self.blockds, "frontend": self.frontends}[name]
+                if address not in where:
                     continue
                 log = root / "log" / f"{address}-{name}.log"
-                self.processes[address, name] = Process(address, name, self.environment(address), log)
+                env = self.environment(address)
+                self.processes[address, name] = Process(address, name, env, log, self.command(address, f"ukai-{name}"))
         LIVE.append(self)
 
     # -- who and where
@@ -158,6 +164,11 @@ class Cluster:
     def node(self, node: int | str) -> str:
         """The address of a node, from its number (1 is the first) or its address."""
         return self.addresses[node - 1] if isinstance(node, int) else node
+
+    def command(self, node: int | str, name: str) -> list[str]:
+        """A console script of ours, as it is called on a node."""
+        where = [] if self.mesh is None else self.mesh.command(self.addresses.index(self.node(node)) + 1)
+        return [*where, program(name)]
 
     def environment(self, node: int | str) -> dict[str, str]:
         """The environment of the processes of a node."""
@@ -334,7 +345,7 @@ class Cluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run ``ukai-ctl ARGS`` as an administrator on a node would."""
         return subprocess.run(
-            [program("ukai-ctl"), *args],
+            [*self.command(node, "ukai-ctl"), *args],
             env={**self.environment(node), "COLUMNS": "200"},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -353,7 +364,8 @@ class Cluster:
 
     def try_ask(self, op: str, timeout_s: float = 2.0, **fields: object) -> dict[str, Any] | None:
         """As ``ask``; None when nobody answers in time."""
-        with zmq.Context() as context, context.socket(zmq.REQ) as socket:
+        there = contextlib.nullcontext() if self.mesh is None else self.mesh.inside(1)
+        with there, zmq.Context() as context, context.socket(zmq.REQ) as socket:
             socket.linger = 0
             socket.set(zmq.REQ_CORRELATE, 1)
             socket.set(zmq.REQ_RELAXED, 1)

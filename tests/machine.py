@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import psutil
 
@@ -138,7 +138,13 @@ def process_state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def left_behind(root: Path, run_root: Path, ports: PortRange) -> Iterator[tuple[str, Callable[[], object]]]:
+class Ports(Protocol):
+    """Ports of a test's own."""
+
+    def bound(self) -> list[str]: ...
+
+
+def left_behind(root: Path, run_root: Path, ports: Ports) -> Iterator[tuple[str, Callable[[], object]]]:
     """What a cluster should have taken with it: (a line that says what, how to end it)."""
     for mount in reversed(mounts()):
         if mount.where.is_relative_to(root):
