@@ -26,6 +26,7 @@ PURE = (
     "blockd/frontends",
     "blockd/orders",
     "blockd/flush",
+    "blockd/jobs",
     "blockd/marks",
     "blockd/peer",
     "blockd/replica",
@@ -37,10 +38,12 @@ PURE = (
 )
 LIBRARY = {
     "__future__",
+    "abc",
     "asyncio",
     "bisect",
     "collections",
     "collections.abc",
+    "contextlib",
     "dataclasses",
     "enum",
     "errno",

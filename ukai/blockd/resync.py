@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ukai.blockd.files import HASH_BYTES, HOLE, zeros
+from ukai.blockd.jobs import BLOCKS_AT_ONCE, GROUP_BLOCKS, GROUP_BYTES, HASH_SPAN_BYTES, Run
 from ukai.blockd.peer import Payload
 from ukai.errors import NotCoordinator, NotReady, StaleEpoch, UkaiError, Unreachable
 from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, Job
@@ -26,83 +27,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GROUP_BYTES = 256 * 2**20
-GROUP_BLOCKS = 256
-HASH_SPAN_BYTES = 16 * 2**20
-BLOCKS_AT_ONCE = 2
-RATE_SLICE_S = 0.05
 FINISH_S = 0.5
 """How long whole blocks wait for others to be made in-sync with them: all that an interruption can cost."""
 
 
-class Rate:
-    """At most so many bytes per second, in slices short enough not to starve the guest; 0: no limit."""
-
-    def __init__(self) -> None:
-        self.limit = 0
-        self._free_at = 0.0
-
-    async def take(self, size: int) -> None:
-        if self.limit <= 0:
-            return
-        now = asyncio.get_running_loop().time()
-        self._free_at = max(self._free_at, now - RATE_SLICE_S) + size / self.limit
-        if self._free_at > now:
-            await asyncio.sleep(self._free_at - now)
-
-
-class Resync:
+class Resync(Run):
     """One run of a resync order by the coordinator of the image."""
 
+    what = "resync"
+
     def __init__(self, coordinator: Coordinator, job: Job) -> None:
-        self._c, self.number = coordinator, job.number
-        self._epoch = coordinator.epoch
-        self.rate = Rate()
         self._chunks = asyncio.Semaphore(coordinator.core.config.sync_window)
-        self.bytes_total = self.bytes_done = self.bytes_equal = self.bytes_copied = self.bytes_hole = 0
-        self.blocks_total = self.blocks_done = 0
-        self.reason = ""
-        self._began = self._c.now()
         self._begun: set[tuple[str, int]] = set()
         """(target, block) that this run has made syncing."""
-        self.task = coordinator.core.spawn(self._run())
-
-    @property
-    def job(self) -> Job | None:
-        job = self._c.core.mirror.cluster.jobs.get(self._c.uuid)
-        return job if job is not None and job.number == self.number and job.state == "running" else None
-
-    @property
-    def _goes_on(self) -> bool:
-        """Whether the order stands and this run is the one to carry it out: a new grant has a run of its own."""
-        return self.job is not None and self._c.holds(self._epoch)
-
-    async def _ask_metad(self, op: str, fields: dict[str, Any]) -> None:
-        """Raises NotCoordinator when the role that this run began with is over; UkaiError."""
-        if not self._c.holds(self._epoch):
-            raise NotCoordinator("the role was given up")
-        await self._c.ask_metad(op, fields)
-
-    def progress(self) -> dict[str, Any]:
-        """What `sync status` shows, in bytes, seconds and blocks."""
-        seconds = max(self._c.now() - self._began, 1e-6)
-        rate = self.bytes_done / seconds
-        left = max(self.bytes_total - self.bytes_done, 0)
-        return {
-            "number": self.number,
-            "coordinator": self._c.own,
-            "bytes_total": self.bytes_total,
-            "bytes_done": self.bytes_done,
-            "bytes_equal": self.bytes_equal,
-            "bytes_copied": self.bytes_copied,
-            "bytes_hole": self.bytes_hole,
-            "blocks_total": self.blocks_total,
-            "blocks_done": self.blocks_done,
-            "rate": int(rate),
-            "rate_limit": self.rate.limit,
-            "eta": round(left / rate, 1) if rate > 0 and not self.reason else None,
-            "reason": self.reason,
-        }
+        super().__init__(coordinator, job)
 
     def _work(self) -> dict[str, list[int]]:
         """target → out-of-sync blocks that the order names."""
@@ -149,21 +87,6 @@ class Resync:
             await self._end("failed", e.message)
         finally:
             await self._abandon()
-
-    async def _end(self, state: str, reason: str) -> None:
-        """Tell metad how the order ended, as often as it takes."""
-        level = logging.INFO if state == "done" else logging.WARNING
-        log.log(level, "resync of image %s: %s%s", self._c.image.name, state, f": {reason}" if reason else "")
-        while self._goes_on:
-            try:
-                fields = {"number": self.number, "state": state, "reason": reason, "progress": self.progress()}
-                await self._ask_metad("job.end", fields)
-                return
-            except UkaiError as e:
-                if not e.retry:
-                    log.info("resync of image %s: its end can't be told: %s", self._c.uuid, e.message)
-                    return
-                await asyncio.sleep(self._c.core.config.beat_interval)
 
     async def _abandon(self) -> None:
         """What is still syncing by this run is out-of-sync again: never syncing for ever."""
@@ -293,55 +216,17 @@ class Resync:
                 copies.append(self._copy(target, block, at, size))
         await asyncio.gather(*copies)
 
-    def _source(self, block: int) -> str:
-        """An in-sync replica to copy from, the nearest first.  Raises Unreachable."""
-        c = self._c
-        suspects = c.marker.suspects(block)
-        good = [n for n, r in c.image.replicas(block).items() if r.status == IN_SYNC and n not in suspects]
-        for node in sorted(good, key=lambda n: (n != c.own, n)):
-            if node == c.own or c.core.peer(node).up:
-                return node
-        raise Unreachable(f"no in-sync copy of block {block} can be reached")
-
-    async def _hash(self, node: str, block: int, offset: int, length: int, chunk: int) -> bytes:
-        c = self._c
-        if node == c.own:
-            return await c.core.replica.hash(c.core.store.image(c.uuid), block, offset, length, chunk)
-        fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "c": chunk}
-        _, payload = await c.core.peer(node).ask("h", fields)
-        data = bytes(payload or b"")
-        if len(data) != HASH_BYTES * -(-length // chunk):
-            raise Unreachable(f"node {node} answered with {len(data)} bytes of hashes")
-        return data
-
     async def _copy(self, target: str, block: int, offset: int, length: int) -> None:
         """Copy one chunk; writes to it wait from the read of the source until it is sent (R11)."""
-        c = self._c
         async with self._chunks:
             await self._take(length)
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            entry = (offset, offset + length, future)
-            c.locks.setdefault(block, []).append(entry)
-            try:
-                await c.writes.passed(block, offset, offset + length)
+            async with self._locked(block, offset, length):
                 source = self._source(block)
                 data = await self._read(source, block, offset, length)
                 sending = self._send(target, block, offset, data)
-            finally:
-                c.locks[block].remove(entry)
-                if not c.locks[block]:
-                    del c.locks[block]
-                future.set_result(None)
             await sending
         self.bytes_copied += length
         self.bytes_done += length
-
-    async def _take(self, length: int) -> None:
-        """Wait as long as the limit that is in force now wants it."""
-        job = self.job
-        if job is not None:
-            self.rate.limit = self._c.core.config.sync_rate if job.rate < 0 else job.rate
-        await self.rate.take(length)
 
     async def _read(self, node: str, block: int, offset: int, length: int) -> Payload:
         c = self._c
