@@ -8,6 +8,8 @@ whose outcome is open.  A read that sees one of them settles it: what came must 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ukai.errors import UkaiError
@@ -19,6 +21,7 @@ SECTOR = 512
 DEADLINE_SLACK_S = 1.5
 
 
+@lru_cache(maxsize=1000)
 def content(value: int) -> bytes:
     return value.to_bytes(8, "big") * (SECTOR // 8)
 
@@ -80,8 +83,8 @@ class Register:
 class Guest:
     """One virtual machine with a disk on one hypervisor."""
 
-    def __init__(self, world: World, frontend: Frontend, registers: list[Register]) -> None:
-        self.world, self.frontend, self.registers = world, frontend, registers
+    def __init__(self, world: World, frontend: Frontend, registers: list[Register], block_sectors: int) -> None:
+        self.world, self.frontend, self.registers, self.block_sectors = world, frontend, registers, block_sectors
         self.running = True
         self.dead = False
         """Its machine lost power: nobody hears its acknowledgements any more."""
@@ -159,13 +162,23 @@ class Guest:
 
     def _everywhere(self, first: int, values: list[int]) -> None:
         """An acknowledged write is in every replica that counts (R4)."""
-        for sector, value in enumerate(values, first):
-            if self.registers[sector].shaky:
-                continue
-            for node, data in self.world.copies(sector, flushed=False).items():
-                if data != content(value) and (data or value):  # no file yet: zeros
-                    self.world.violation(f"write {value} of sector {sector} is acknowledged, {node} does not have it")
-                    return
+        wanted = {s: v for s, v in enumerate(values, first) if not self.registers[s].shaky}
+        for sector, value, node in self._missing(wanted, flushed=False):
+            self.world.violation(f"write {value} of sector {sector} is acknowledged, {node} does not have it")
+            return
+
+    def _missing(self, wanted: dict[int, int], flushed: bool) -> Iterator[tuple[int, int, str]]:
+        """(sector, value, node) for each sector whose value is not on the disk of a replica that counts."""
+        copies: dict[str, bytes | bytearray] = {}
+        last = -1
+        for sector, value in wanted.items():
+            block, at = divmod(sector, self.block_sectors)
+            if block != last:
+                last, copies = block, self.world.copies(block, flushed)
+            at *= SECTOR
+            for node, data in copies.items():
+                if (data[at : at + SECTOR] or bytes(SECTOR)) != content(value):
+                    yield sector, value, node
 
     def _in_time(self, began: float, what: str) -> None:
         from tests.sim.world import CONFIG
@@ -220,13 +233,13 @@ class Guest:
 
     def _stored(self, settled: dict[int, tuple[int, float]]) -> None:
         """What this guest wrote before a flush began is on every disk that counts when it has ended (R7)."""
-        for sector, (value, began) in settled.items():
+        wanted = {}
+        for sector, (value, began) in sorted(settled.items()):
             register = self.registers[sector]
             if self.mine.get(sector) != (value, began):
                 continue  # written again meanwhile, perhaps with the same value: all discards are zeros
-            if register.possible != {value} or register.pending or register.shaky:
-                continue
-            for node, data in self.world.copies(sector, flushed=True).items():
-                if data != content(value) and (data or value):  # no file yet: zeros
-                    self.world.violation(f"write {value} of sector {sector} was flushed, {node} has not stored it")
-                    return
+            if register.possible == {value} and not register.pending and not register.shaky:
+                wanted[sector] = value
+        for sector, value, node in self._missing(wanted, flushed=True):
+            self.world.violation(f"write {value} of sector {sector} was flushed, {node} has not stored it")
+            return

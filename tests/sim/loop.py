@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import selectors
+import heapq
+import itertools
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
+
+CURRENT: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
+
+NOBODY = contextvars.Context()
+"""For what happens outside all processes."""
 
 
 class Process:
@@ -20,87 +27,112 @@ class Process:
         self.name = name
         self.alive = True
         self.frozen = False
-        self.backlog: list[Callable[[], None]] = []
+        self.backlog: list[_Handle] = []
         self.tasks: list[asyncio.Task[Any]] = []
+        self.tasks_limit = 200
+        self.context = contextvars.Context()
+        """For what is scheduled from outside the process."""
+        self.context.run(CURRENT.set, self)
 
 
-CURRENT: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
+class _Handle:
+    """One callback, of the process in whose context it was made."""
+
+    __slots__ = ("args", "at", "callback", "context", "process")
+
+    def __init__(
+        self, at: float, callback: Callable[..., Any], args: tuple[Any, ...], context: contextvars.Context | None
+    ) -> None:
+        if context is None:
+            context = contextvars.copy_context()
+        self.at, self.callback, self.args, self.context = at, callback, args, context
+        self.process: Process | None = context.get(CURRENT)
+
+    def cancel(self) -> None:
+        self.callback, self.args = _nothing, ()
+
+    def cancelled(self) -> bool:
+        return self.callback is _nothing
+
+    def when(self) -> float:
+        return self.at
 
 
-class _Selector(selectors.BaseSelector):
-    """Waits by moving the clock."""
+def _nothing() -> None:
+    return None
+
+
+class VirtualLoop(asyncio.BaseEventLoop):
+    """Deterministic: the same program gives the same order of callbacks.
+
+    asyncio's own loop spends more time on handles and selectors than the simulated cluster on its work, so this one
+    has only what tasks, futures and timeouts need.
+    """
 
     def __init__(self) -> None:
-        self.loop: VirtualLoop | None = None
-        self._keys: dict[int, selectors.SelectorKey] = {}
-
-    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        number = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-        key = self._keys[number] = selectors.SelectorKey(fileobj, number, events, data)
-        return key
-
-    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        return self._keys.pop(fileobj if isinstance(fileobj, int) else fileobj.fileno())
-
-    def get_map(self) -> Any:
-        return {k.fileobj: k for k in self._keys.values()}
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise RuntimeError("nothing is left that could ever happen")
-        assert self.loop is not None
-        if timeout > 0:
-            self.loop.clock += timeout
-        return []
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Deterministic: the same program gives the same order of callbacks."""
-
-    def __init__(self) -> None:
+        super().__init__()
         self.clock = 1000.0
-        selector = _Selector()
-        selector.loop = self
-        super().__init__(selector)
-        self.set_task_factory(self._make_task)  # type: ignore[arg-type]  # a task factory by another name
+        self._due: deque[_Handle] = deque()
+        self._timers: list[tuple[float, int, _Handle]] = []
+        self._order = itertools.count()
 
     def time(self) -> float:
         return self.clock
 
-    @staticmethod
-    def _make_task(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **kwargs: Any) -> asyncio.Task[Any]:
-        task = asyncio.Task(coro, loop=loop, **kwargs)
-        process = CURRENT.get()
+    def create_task(  # type: ignore[override]
+        self, coro: Coroutine[Any, Any, Any], *, name: str = "task", context: contextvars.Context | None = None
+    ) -> asyncio.Task[Any]:
+        task = asyncio.Task(coro, loop=self, name=name, context=context)
+        process = CURRENT.get() if context is None else context.get(CURRENT)
         if process is not None:
             process.tasks.append(task)
-            if len(process.tasks) > 200:
+            if len(process.tasks) > process.tasks_limit:
                 process.tasks = [t for t in process.tasks if not t.done()]
+                process.tasks_limit = max(200, 2 * len(process.tasks))
         return task
-
-    def _guard(self, callback: Callable[..., Any], context: contextvars.Context | None) -> Callable[..., Any]:
-        process = CURRENT.get() if context is None else context.get(CURRENT)
-        if process is None:
-            return callback
-
-        def run(*args: Any) -> Any:
-            if not process.alive:
-                return None
-            if process.frozen:
-                process.backlog.append(lambda: callback(*args))
-                return None
-            return callback(*args)
-
-        return run
 
     def call_soon(  # type: ignore[override]
         self, callback: Any, *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.Handle:
-        return super().call_soon(self._guard(callback, context), *args, context=context)
+    ) -> _Handle:
+        handle = _Handle(self.clock, callback, args, context)
+        self._due.append(handle)
+        return handle
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.TimerHandle:
-        return super().call_at(when, self._guard(callback, context), *args, context=context)
+    ) -> _Handle:
+        handle = _Handle(when, callback, args, context)
+        heapq.heappush(self._timers, (when, next(self._order), handle))
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Any, *args: Any, context: contextvars.Context | None = None
+    ) -> _Handle:
+        return self.call_at(self.clock + delay, callback, *args, context=context)
+
+    def _run_once(self) -> None:
+        """Run what is due; when nothing is, move the clock to the next timer."""
+        due, timers = self._due, self._timers
+        while due:
+            handle = due.popleft()
+            process = handle.process
+            if process is not None:
+                if not process.alive:
+                    continue
+                if process.frozen:
+                    process.backlog.append(handle)
+                    continue
+            try:
+                handle.context.run(handle.callback, *handle.args)
+            except Exception as e:
+                self.call_exception_handler({"message": f"in {handle.callback}", "exception": e})
+        if self._stopping:  # type: ignore[attr-defined]
+            return
+        if not timers:
+            raise RuntimeError("nothing is left that could ever happen")
+        self.clock = max(self.clock, timers[0][0])
+        while timers and timers[0][0] <= self.clock:
+            due.append(heapq.heappop(timers)[2])
 
 
 def within(process: Process, function: Callable[..., Any], *args: Any) -> Any:
@@ -123,5 +155,5 @@ def thaw(process: Process) -> None:
     process.frozen = False
     backlog, process.backlog = process.backlog, []
     loop = asyncio.get_running_loop()
-    for callback in backlog:
-        within(process, loop.call_soon, callback)
+    assert isinstance(loop, VirtualLoop)
+    loop._due.extend(backlog)

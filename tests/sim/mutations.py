@@ -456,7 +456,7 @@ MUTATIONS = (
         "an old copy is taken",
         _generations_not_compared,
         _world("old directory", rare=["old directory"]),
-        (DIFFERS, LACKS, READS),
+        (DIFFERS, LACKS, STORED, READS),
         9.0,
     ),
     Mutation(

@@ -11,8 +11,10 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from tests.sim.disk import SECTOR, SimDisk, stored
-from tests.sim.loop import CURRENT, Process, kill, thaw, within
+from msgpack import unpackb
+
+from tests.sim.disk import SimDisk, stored
+from tests.sim.loop import CURRENT, NOBODY, Process, kill, thaw, within
 from ukai import messages
 from ukai.blockd.core import Core as BlockCore
 from ukai.blockd.core import Ports as BlockPorts
@@ -43,6 +45,9 @@ CONFIG = Config(
     sync_chunk=4096,
     sync_rate=0,
 )
+
+DEATH_SEEN_S = 0.03
+"""How long a frontend takes to notice that its blockd is gone."""
 
 
 class Connection:
@@ -103,15 +108,11 @@ class Network:
             if not late and (not connection.open or connection.number != number or self.blocked(a, b)):
                 connection.open = False
                 return
-            within(target, loop.call_soon, deliver, frame, payload)
+            loop.call_soon(deliver, frame, payload, context=target.context)
 
-        token = CURRENT.set(None)
-        try:
-            loop.call_at(at, arrive)
-            if to_server and self.repeat and self.world.chance.random() < self.repeat:
-                loop.call_at(at + self.world.chance.uniform(0.01, 3.0), arrive, True)
-        finally:
-            CURRENT.reset(token)
+        loop.call_at(at, arrive, context=NOBODY)
+        if to_server and self.repeat and self.world.chance.random() < self.repeat:
+            loop.call_at(at + self.world.chance.uniform(0.01, 3.0), arrive, True, context=NOBODY)
 
 
 class Transport:
@@ -141,7 +142,7 @@ class Transport:
 
     def _serve(self, frame: bytes, payload: bytes | None) -> None:
         """In the server's process."""
-        header = messages.unpack(frame)
+        header = unpackb(frame)
         server = self.world.blockds[self.node]
         if server.process is not CURRENT.get():
             return
@@ -156,7 +157,7 @@ class Transport:
 
     def _answered(self, frame: bytes, payload: bytes | None) -> None:
         if not self.closed:
-            self.received(messages.unpack(frame), payload)
+            self.received(unpackb(frame), payload)
 
     def close(self) -> None:
         self.closed = True
@@ -170,6 +171,8 @@ class Blockd:
         self.world, self.node = world, node
         self.process = Process(f"blockd {node} #{next(world.numbers)}")
         self.disk = world.disks[node]
+        self.asked: dict[asyncio.Future[Any], None] = {}
+        """Requests of frontends that are not answered."""
         within(self.process, self._start)
 
     @property
@@ -223,7 +226,7 @@ class Database:
     def commit(self, batch: list[tuple[int, float, str, Any]]) -> None:
         self.entries.extend(batch)
         for _, _, _, change in batch:
-            self.committed.apply(messages.unpack(messages.pack(dict(change))))
+            self.committed.apply(unpackb(messages.pack(dict(change))))
 
     def older(self, count: int) -> Database:
         """A copy as it was after so many changes."""
@@ -273,6 +276,8 @@ class Metad:
         self.waiting.extend(entries)
 
     async def durable(self) -> None:
+        if not self.waiting and not self._committing:
+            return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._barriers.append(future)
         if not self._committing:
@@ -330,25 +335,21 @@ class Metad:
 
     def _publish(self, message: Header) -> None:
         world = self.world
-        fields = {**message, "cluster_id": self.core.cluster.cluster_id, "inc": self.inc}
+        frame = messages.pack({**message, "cluster_id": self.core.cluster.cluster_id, "inc": self.inc})
+        loop = asyncio.get_running_loop()
         for node, server in world.blockds.items():
             if world.net.blocked(METAD, node) or world.chance.random() < world.lossy_publish:
                 continue
-            frame = messages.pack(dict(fields))
-            token = CURRENT.set(None)
-            try:
-                asyncio.get_running_loop().call_later(world.net.delay(), self._deliver, server, frame)
-            finally:
-                CURRENT.reset(token)
+            loop.call_later(world.net.delay(), self._deliver, server, frame, context=NOBODY)
 
     def _deliver(self, server: Blockd, frame: bytes) -> None:
         if server.alive:
 
             def take() -> None:
-                if not server.mirror.take_published(messages.unpack(frame)):
+                if not server.mirror.take_published(unpackb(frame)):
                     server.core.spawn(self._caught_up(server))
 
-            within(server.process, asyncio.get_running_loop().call_soon, take)
+            asyncio.get_running_loop().call_soon(take, context=server.process.context)
 
     @staticmethod
     async def _caught_up(server: Blockd) -> None:
@@ -375,8 +376,7 @@ class Metad:
                 reply = await reply
         except UkaiError as e:
             reply = messages.error_reply(e)
-        durable = self.durable()
-        await durable
+        await self.durable()
         out: Header = {
             **reply,
             "seq": self.core.cluster.seq,
@@ -452,6 +452,8 @@ class World:
             self.note(f"{'power off' if power else 'kill'} {node}")
             kill(server.process)
             self.dead.append(server.process)
+            for future in server.asked:
+                asyncio.get_running_loop().call_later(DEATH_SEEN_S, _broken, future, context=NOBODY)
             if power:
                 self.powerless.add(node)
                 self.disks[node].power_cut()
@@ -497,7 +499,7 @@ class World:
 
         def arrived(frame: bytes, _payload: bytes | None) -> None:
             async def work() -> None:
-                header = messages.unpack(frame)
+                header = unpackb(frame)
                 try:
                     reply = await serve(header)
                 except UkaiError as e:
@@ -506,7 +508,7 @@ class World:
                     self.net.pass_on(connection, False, process or OUTSIDE, answered, messages.pack(dict(reply)), None)
 
             if host is server():
-                host.process.tasks.append(loop.create_task(work()))
+                loop.create_task(work())  # noqa: RUF006  # kept with all tasks of its process
 
         def answered(frame: bytes, _payload: bytes | None) -> None:
             if not future.done():
@@ -515,7 +517,7 @@ class World:
         self.net.pass_on(connection, True, host.process, arrived, messages.pack(dict(fields)), None)
         try:
             async with asyncio.timeout_at(deadline):
-                reply = messages.unpack(await future)
+                reply: Header = unpackb(await future)
         except TimeoutError:
             raise Timeout(f"{target} did not answer {fields['op']}") from None
         messages.raise_error(reply)
@@ -533,19 +535,19 @@ class World:
 
     # --- oracles about metadata and epochs
 
-    def copies(self, sector: int, flushed: bool) -> dict[str, bytes]:
-        """One sector in every in-sync replica that was written, as it is on each disk; ``flushed``: for certain."""
-        out: dict[str, bytes] = {}
+    def copies(self, block: int, flushed: bool) -> dict[str, bytes | bytearray]:
+        """One block in every in-sync replica that was written, as it is on each disk; ``flushed``: for certain.
+
+        Empty: the block was announced a moment ago, has no file yet, and reads as zeros until it is stamped.
+        """
+        out: dict[str, bytes | bytearray] = {}
         for image in self.database.committed.images.values():
-            block, offset = divmod(sector * SECTOR, image.block_size)
+            path = f"/data/{image.name}/{block:016d}"
             for node, replica in image.replicas(block).items():
-                if replica.status != IN_SYNC or not replica.generation or not self.steady(node):
-                    continue
-                disk, path = self.disks[node], f"/data/{image.name}/{block:016d}"
-                inode = disk.names_now.get(path)
-                data = stored(disk, path) if flushed else b"" if inode is None else bytes(inode.cache)
-                # no file yet: the block was announced a moment ago, and reads as zeros until it is stamped
-                out[node] = data[offset : offset + SECTOR] if data else bytes(SECTOR)
+                if replica.status == IN_SYNC and replica.generation and self.steady(node):
+                    disk = self.disks[node]
+                    inode = (disk.names_stable if flushed else disk.names_now).get(path)
+                    out[node] = b"" if inode is None else inode.stable if flushed else inode.cache
         return out
 
     def registered(self, node: str) -> bool:
@@ -621,6 +623,11 @@ class World:
 OUTSIDE = Process("outside")
 
 
+def _broken(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(Unreachable("blockd has died"))
+
+
 def _resolve(future: asyncio.Future[Any], result: Any) -> None:
     if not future.done():
         future.set_result(result)
@@ -656,29 +663,22 @@ class Frontend:
         future: asyncio.Future[tuple[Header, Any]] = loop.create_future()
 
         def reply(fields: Header, data: Any) -> None:
-            copy = messages.unpack(messages.pack(dict(fields)))
+            copy = unpackb(messages.pack(dict(fields)))
             kept = None if data is None else bytes(data)
-            token = CURRENT.set(None)
-            try:
-                loop.call_later(0.00005, _resolve, future, (copy, kept))
-            finally:
-                CURRENT.reset(token)
+            loop.call_later(0.00005, _resolve, future, (copy, kept), context=NOBODY)
 
-        frame = messages.pack(dict(header))
-        within(
-            server.process, loop.call_soon, lambda: server.core.frontends.answer(messages.unpack(frame), payload, reply)
-        )
-        deadline = loop.time() + timeout_s
-        while True:
-            done, _ = await asyncio.wait({future}, timeout=min(0.05, max(deadline - loop.time(), 0)))
-            if done:
-                fields, data = future.result()
-                messages.raise_error(fields)
-                return fields, data
-            if self.world.blockds.get(self.node) is not server or not server.alive:
-                raise Unreachable("blockd has died")
-            if loop.time() >= deadline:
-                raise Timeout("no answer from blockd")
+        asked = unpackb(messages.pack(dict(header)))
+        loop.call_soon(server.core.frontends.answer, asked, payload, reply, context=server.process.context)
+        server.asked[future] = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                fields, data = await future
+        except TimeoutError:
+            raise Timeout("no answer from blockd") from None
+        finally:
+            server.asked.pop(future, None)
+        messages.raise_error(fields)
+        return fields, data
 
     async def request(self, header: Header, payload: bytes | None, op_changes: bool) -> Any:
         """One request, as often as it takes, within io_timeout.  Raises UkaiError for what the guest sees as EIO."""
