@@ -239,6 +239,13 @@ def test_a_file_removed_while_it_is_open_fails_the_flush(image: ImageStore) -> N
     assert list(flush(image, [1])) == [1]
 
 
+def test_a_block_that_was_announced_and_never_written_has_nothing_to_flush(image: ImageStore) -> None:
+    """Its writer died before it was stamped; the next one flushes all that was active."""
+    assert flush(image, [0]) == {}
+    image.write(0, 0, b"data", 5)
+    assert flush(image, [0]) == {}, "and is not taken for one whose flush failed"
+
+
 def test_a_file_whose_last_block_has_the_full_size_is_good(store: Store, root: Path) -> None:
     (root / "image01").mkdir()
     (root / "image01" / (FORMAT % 1)).write_bytes(pattern(5000, 1))

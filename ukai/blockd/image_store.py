@@ -256,6 +256,8 @@ class ImageStore:
                 out.append((block, -1, self.poisoned[block]))
                 continue
             try:
+                if not self.generations[block] and not self._there(block):
+                    continue  # announced, but its writer died before it was stamped: nothing was ever written to it
                 out.append((block, self.borrow(block), ""))
             except UkaiError as e:
                 out.append((block, -1, e.message))
