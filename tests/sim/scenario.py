@@ -606,7 +606,7 @@ def run(seed: int, seconds: float = 12.0, forced: dict[str, Any] | None = None, 
     finally:
         world = scenario.world if scenario is not None else None
         if world is not None:
-            _bury(world)
+            bury(world)
         asyncio.set_event_loop(None)
         loop.close()
     assert scenario is not None
@@ -614,7 +614,7 @@ def run(seed: int, seconds: float = 12.0, forced: dict[str, Any] | None = None, 
     return Result(seed, scenario.parameters, w.violations, w.trace, w.counts, scenario.faults)
 
 
-def _bury(world: World) -> None:
+def bury(world: World) -> None:
     """Close what never ended, quietly: these processes are dead."""
     processes = [*world.dead, *(b.process for b in world.blockds.values())]
     if world.metad is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ukai.blockd.files import HASH_BYTES
 from ukai.errors import NotCoordinator, UkaiError, Unreachable
+from ukai.messages import Header
 from ukai.model import IN_SYNC, Job
 
 if TYPE_CHECKING:
@@ -71,11 +72,11 @@ class Run(ABC):
         """Whether the order stands and this run is the one to carry it out: a new grant has a run of its own."""
         return self.job is not None and self._c.holds(self._epoch)
 
-    async def _ask_metad(self, op: str, fields: dict[str, Any]) -> None:
+    async def _ask_metad(self, op: str, fields: dict[str, Any]) -> Header:
         """Raises NotCoordinator when the role that this run began with is over; UkaiError."""
         if not self._c.holds(self._epoch):
             raise NotCoordinator("the role was given up")
-        await self._c.ask_metad(op, fields)
+        return await self._c.ask_metad(op, fields)
 
     def progress(self) -> dict[str, Any]:
         """What `sync status` shows, in bytes, seconds and blocks."""

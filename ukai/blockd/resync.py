@@ -127,7 +127,11 @@ class Resync(Run):
         self._begun.update((target, b) for b in stale)
         await self._ask_metad("sync.begin", {"target": target, "ranges": ranges})
         for block in fresh:
-            self._count(block, hole=c.image.block_bytes(block))
+            replica = c.image.replica(target, block)
+            if replica is not None and replica.status == SYNCING:
+                self._begun.add((target, block))  # its first write came in between: left to the next pass
+            else:
+                self._count(block, hole=c.image.block_bytes(block))
         done: list[int] = []
         limit = asyncio.Semaphore(BLOCKS_AT_ONCE)
         finished_at = c.now()

@@ -1,0 +1,81 @@
+"""Races that seeds have found, each played on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from tests.sim.guest import SECTOR
+from tests.sim.loop import VirtualLoop
+from tests.sim.scenario import BLOCK_BYTES, BLOCKS, bury
+from tests.sim.world import NODES, Frontend, World
+from ukai.blockd.coordinator import Coordinator
+from ukai.messages import Header
+from ukai.model import IN_SYNC, Image
+
+
+def play(work: Callable[[World], Awaitable[None]]) -> None:
+    """Three nodes without faults, and an image on the first two, in virtual time."""
+    loop = VirtualLoop()
+    asyncio.set_event_loop(loop)
+    world = World(1)
+
+    async def main() -> None:
+        world.start_metad()
+        for node in NODES:
+            world.start_blockd(node)
+        await until(lambda: all(b.core.registered for b in world.blockds.values()))
+        fields = {"name": "disk", "size": BLOCKS * BLOCK_BYTES, "block_size": BLOCK_BYTES, "hypervisors": list(NODES)}
+        await world.ctl("image.create", locations=list(NODES[:2]), **fields)
+        await work(world)
+        assert world.violations == []
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        bury(world)
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+async def until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():  # noqa: ASYNC110  # another process's state
+            await asyncio.sleep(0.01)
+
+
+def image_of(world: World) -> Image:
+    return next(iter(world.database.committed.images.values()))
+
+
+async def write(frontend: Frontend, block: int) -> None:
+    await frontend.request({"op": "w", "o": block * BLOCK_BYTES, "s": False}, b"x" * SECTOR, True)
+
+
+@pytest.mark.expect_log("out-of-sync: resync interrupted")
+def test_a_block_first_written_while_its_resync_begins_is_not_left_syncing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Coordinator.ask_metad
+    raced: list[int] = []
+
+    async def race(world: World) -> None:
+        frontend = Frontend(world, NODES[0])
+
+        async def ask_metad(self: Coordinator, op: str, fields: Header) -> Any:
+            if op == "sync.begin" and not raced:
+                raced.append(1)
+                await write(frontend, 1)
+            return await real(self, op, fields)
+
+        monkeypatch.setattr(Coordinator, "ask_metad", ask_metad)
+        await write(frontend, 0)
+        await world.ctl("location.add", name="disk", node=NODES[2])
+        await world.ctl("sync.start", name="disk")
+        await until(lambda: world.database.committed.jobs[image_of(world).uuid].state == "done")
+        assert raced
+        assert all(r.status == IN_SYNC for _, _, r in image_of(world).locations[NODES[2]])
+        await frontend.close()
+
+    play(race)
