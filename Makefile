@@ -4,13 +4,14 @@ BIN := .venv/bin
 AS_ROOT := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo) env PYTHONDONTWRITEBYTECODE=1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test soak lint format lock clean
+.PHONY: help setup demo test soak soak-processes lint format lock clean
 
 help:
 	@echo "make setup   Debian packages that are missing, and .venv"
 	@echo "make demo    three nodes on this machine: a disk moves while it is in use"
 	@echo "make test    lint, types and all tests (PYTEST_ARGS='-k name' for some)"
 	@echo "make soak    the simulator over many seeds (SEEDS=20000 FIRST=1)"
+	@echo "make soak-processes   kills, cut cables, full disks … over real processes (MINUTES=30 SEED=1)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrites the sources as ruff wants them"
 	@echo "make lock    newest versions into the lock files"
@@ -34,6 +35,11 @@ SEEDS ?= 2000
 FIRST ?= 1
 soak: setup
 	$(BIN)/python -m tests.sim.run $(FIRST) $(SEEDS)
+
+MINUTES ?= 30
+SEED ?=
+soak-processes: setup
+	$(AS_ROOT) $(BIN)/python -m tests.soak.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 format: setup
 	$(BIN)/ruff check --fix-only .

@@ -63,6 +63,7 @@ class Config:
     sync_window: int = _key(4, "chunks under way at a time", low=1, high=64)
     message_limit: int = _key(8 * 2**20, "largest message taken from a socket", low=2**20, high=2**30)
     open_files_limit: int = _key(1024, "block files kept open", low=16, high=60000)
+    fault_dir: str = _key("", "for tests only: where they arm fault points; empty: none")
     change_keep: int = _key(1_000_000, "rows kept in the change table", low=1000, high=10**9)
 
     @property

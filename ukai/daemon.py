@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import zmq
 
-from ukai import __version__
+from ukai import __version__, fault_dir
 from ukai.config import Config, load
 from ukai.errors import UkaiError
 from ukai.node import own_address
@@ -70,6 +70,8 @@ def main(
         config = load(options.config)
         node = own_address(config)
         log_to_stderr(node, process, config.log_level, config.log_format)
+        if config.fault_dir:
+            fault_dir.arm(config.fault_dir, node, process)
         code = check(config, node) if check is not None else None
         if code is not None:
             return code

@@ -121,12 +121,12 @@ def write_at(path: Path, offset: int, data: bytes, *, fsync: bool = True) -> Non
 class Recorder:
     """``recorder.py`` as a process.  A context manager: whatever happens, the process is gone afterwards."""
 
-    def __init__(self, image: Path, log: Path, first: int = 0, step: int = 1, count: int = 64) -> None:
+    def __init__(self, image: Path, log: Path, first: int = 0, step: int = 1, count: int = 64, begin: int = 1) -> None:
         self.image, self.log = image, log
         self.slots = range(first, first + step * count, step)
         program: list[str | Path] = [sys.executable, recorder.__file__, image, log]
         self.popen = subprocess.Popen(
-            [*program, str(first), str(step), str(count)], stdin=subprocess.DEVNULL, start_new_session=True
+            [*program, str(first), str(step), str(count), str(begin)], stdin=subprocess.DEVNULL, start_new_session=True
         )
 
     def __enter__(self) -> Self:

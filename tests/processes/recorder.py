@@ -1,8 +1,8 @@
-"""A guest whose every acknowledged write is known outside: ``recorder.py IMAGE LOG FIRST STEP COUNT``.
+"""A guest whose every acknowledged write is known outside: ``recorder.py IMAGE LOG FIRST STEP COUNT PASS``.
 
-Writes records of 4 KiB over ``COUNT`` slots, from slot ``FIRST`` on and ``STEP`` apart, pass after pass, with an fsync
-after each.  A line ``W slot pass seconds`` in LOG is an acknowledged write; ``E slot errno`` is one that failed, and
-ends it.  SIGTERM ends it between two records.
+Writes records of 4 KiB over ``COUNT`` slots, from slot ``FIRST`` on and ``STEP`` apart, pass after pass from ``PASS``
+on, with an fsync after each.  A line ``W slot pass seconds`` in LOG is an acknowledged write; ``E slot errno`` is one
+that failed, and ends it.  SIGTERM ends it between two records.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def number_in(data: bytes, slot: int) -> int:
     return int(number)
 
 
-def main(image: str, log: str, first: int, step: int, count: int) -> int:
+def main(image: str, log: str, first: int, step: int, count: int, begin: int) -> int:
     """Write until told to stop; the exit code is 0 unless a write failed."""
     stopping = False
 
@@ -47,7 +47,7 @@ def main(image: str, log: str, first: int, step: int, count: int) -> int:
     signal.signal(signal.SIGTERM, stop)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     disk = os.open(image, os.O_RDWR)
-    for number in itertools.count(1):
+    for number in itertools.count(begin):
         for slot in range(first, first + step * count, step):
             if stopping:
                 return 0
@@ -63,4 +63,4 @@ def main(image: str, log: str, first: int, step: int, count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])))
+    sys.exit(main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:7])))

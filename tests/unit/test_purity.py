@@ -16,6 +16,7 @@ import ukai
 ROOT = Path(ukai.__file__).parent
 PURE = (
     "errors",
+    "faults",
     "messages",
     "mirror",
     "model",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from ukai import faults
 from ukai.errors import NotFound, StaleEpoch, Timeout, UkaiError
 from ukai.model import IN_SYNC
 from ukai.ranges import RangeSet, join
@@ -87,6 +88,7 @@ class Activity:
             if new and len(self.active) + new > self._limit:
                 await self._make_room(new, set(blocks))
             epoch = self._c.epoch
+            await faults.pause("activate.ask")
             await self._c.ask_metad("activate", {"ranges": [list(r) for r in join(cold)]})
             if epoch != self._c.epoch:
                 return
@@ -94,7 +96,9 @@ class Activity:
             for block in cold:
                 self.active[block] = now
             self._doubtful.difference_update(cold)
+        await faults.pause("activate.announced")
         await self._stamp(blocks)
+        await faults.pause("activate.stamped")
         self.warm.update(blocks)
 
     async def _stamp(self, blocks: list[int]) -> None:
@@ -198,7 +202,9 @@ class Activity:
             if ready:
                 asked = ready
                 self._doubtful.update(asked)
+                await faults.pause("retire.flushed")
                 await self._ask_to_retire(asked)
+                await faults.pause("retire.done")
                 for block in asked:
                     self.active.pop(block, None)
                 self._doubtful.difference_update(asked)

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from ukai import faults
 from ukai.blockd.coordinator import Coordinator
 from ukai.blockd.frontends import TRANSFER_LIMIT_BYTES, Frontends, Reply
 from ukai.blockd.orders import Orders
@@ -215,10 +216,13 @@ class Core:
             "cluster_id": self.store.cluster_id,
             "images": [image.inventory() for image in list(self.store.images.values())],
         }
+        await faults.pause("register.ask")
         reply = await self.metad("register", fields)
+        await faults.pause("register.answered")
         self.store.serial = integer(reply, "serial")
         self.store.cluster_id = text(reply, "cluster_id")
         self._save_store()
+        await faults.pause("register.stored")
         self.replica.registered_seq = self.mirror.seq
         self.registered = True
         log.info("registered at metad, change %d", self.mirror.seq)

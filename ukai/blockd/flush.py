@@ -10,6 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from ukai import faults
 from ukai.errors import Busy, DiskError, UkaiError, Unreachable
 from ukai.model import IN_SYNC, OUT_OF_SYNC
 from ukai.ranges import RangeSet, join
@@ -104,7 +105,9 @@ class Flusher:
                     hot.clean = True
         nodes = [n for n, blocks in work.items() if blocks]
         away: dict[str, str] = {}
+        await faults.pause("flush.begin")
         done = await asyncio.gather(*(self._one(n, work[n], away) for n in nodes))
+        await faults.pause("flush.answered")
         marks = []
         for node, failed in zip(nodes, done, strict=True):
             for block, reason in failed.items():

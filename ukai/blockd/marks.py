@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from ukai import faults
 from ukai.errors import NotCoordinator, RemoteProtocolError, StaleEpoch, UkaiError
 from ukai.messages import Header
 from ukai.ranges import join
@@ -72,7 +73,9 @@ class Marker:
                 [node, a, b, reason] for (node, reason), blocks in by.items() for a, b in join(blocks)
             ]
             try:
+                await faults.pause("mark.ask")
                 kept = _kept(await self._send(marks))
+                await faults.pause("mark.committed")
             except (StaleEpoch, NotCoordinator) as e:
                 self.abandon(e)
                 break

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from ukai import faults
 from ukai.blockd.files import HOLE, zeros
 from ukai.blockd.image_store import ImageStore
 from ukai.blockd.store import Store
@@ -165,7 +166,9 @@ class Replica:
     # --- what alters data
 
     def _fence(self, header: Header) -> Answer:
+        faults.point("replica.fence")
         self._admit(self._image(header), integer(header, "e"))
+        faults.point("replica.fenced")
         return {}, None
 
     def _write(self, header: Header, payload: Payload | None) -> Answer:
@@ -174,7 +177,9 @@ class Replica:
         image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
         block, offset = self._place(image, header, len(payload))
         self._admit(image, epoch)
+        faults.point("replica.write")
         image.write(block, offset, payload, generation)
+        faults.point("replica.written")
         return {}, None
 
     def _punch(self, header: Header, _payload: Payload | None) -> Answer:
@@ -187,6 +192,7 @@ class Replica:
 
     def _stamp(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
         image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
+        faults.point("replica.stamp")
         return self._one_by_one(image, epoch, self._blocks(image, header), lambda b: image.ready(b, generation))
 
     async def _one_by_one(
@@ -206,7 +212,9 @@ class Replica:
         return self._flushed(image, blocks)
 
     async def _flushed(self, image: ImageStore, blocks: list[int]) -> Answer:
+        await faults.pause("replica.flush")
         failed = await self.flush(image, blocks)
+        await faults.pause("replica.flushed")
         return {"failed": [[b, reason] for b, reason in failed.items()]}, None
 
     async def flush(self, image: ImageStore, blocks: list[int]) -> dict[int, str]:
@@ -231,6 +239,7 @@ class Replica:
         return self._completed(image, block, generation)
 
     async def _completed(self, image: ImageStore, block: int, generation: int) -> Answer:
+        await faults.pause("replica.complete")
         await self.complete(image, block, generation)
         return {}, None
 
@@ -244,6 +253,7 @@ class Replica:
 
     def _renew(self, header: Header) -> Awaitable[Answer]:
         image, epoch = self._image(header), integer(header, "e")
+        faults.point("replica.renew")
         return self._one_by_one(image, epoch, self._blocks(image, header), image.renew)
 
     # --- what reads

@@ -15,6 +15,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from ukai import faults
 from ukai.blockd.files import HASH_BYTES, HOLE, zeros
 from ukai.blockd.jobs import BLOCKS_AT_ONCE, GROUP_BLOCKS, GROUP_BYTES, HASH_SPAN_BYTES, Run
 from ukai.blockd.peer import Payload
@@ -124,8 +125,10 @@ class Resync(Run):
         stale = sorted(set(blocks) - set(fresh))
         if stale:
             await self._renew(target, [list(r) for r in join(stale)])
+        await faults.pause("sync.renewed")
         self._begun.update((target, b) for b in stale)
         await self._ask_metad("sync.begin", {"target": target, "ranges": ranges})
+        await faults.pause("sync.begun")
         for block in fresh:
             replica = c.image.replica(target, block)
             if replica is not None and replica.status == SYNCING:
@@ -158,7 +161,9 @@ class Resync(Run):
             blocks = sorted(done)
             done.clear()
             fields = {"target": target, "ranges": [list(r) for r in join(blocks)]}
+            await faults.pause("sync.finish")
             await self._ask_metad("sync.finish", fields)
+            await faults.pause("sync.finished")
             self._begun.difference_update((target, b) for b in blocks)
 
     def _count(self, block: int, *, hole: int = 0) -> None:
@@ -191,6 +196,7 @@ class Resync(Run):
             if not self._goes_on or replica is None or replica.status != SYNCING:
                 return False
         generation = replica.generation
+        await faults.pause("sync.complete")
         if target == c.own:
             await c.core.replica.complete(c.core.store.image(c.uuid), block, generation)
         else:
@@ -218,6 +224,7 @@ class Resync(Run):
                 self.bytes_done += size
             else:
                 copies.append(self._copy(target, block, at, size))
+        await faults.pause("sync.compared")
         await asyncio.gather(*copies)
 
     async def _copy(self, target: str, block: int, offset: int, length: int) -> None:
@@ -227,7 +234,9 @@ class Resync(Run):
             async with self._locked(block, offset, length):
                 source = self._source(block)
                 data = await self._read(source, block, offset, length)
+                await faults.pause("sync.read")
                 sending = self._send(target, block, offset, data)
+            await faults.pause("sync.sent")
             await sending
         self.bytes_copied += length
         self.bytes_done += length

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from ukai import faults
 from ukai.errors import NotCoordinator, StaleEpoch, UkaiError
 from ukai.model import IN_SYNC, written
 
@@ -57,9 +58,12 @@ class Role:
     async def _grant(self, opened_epoch: int, purpose: str) -> None:
         c = self._c
         core = c.core
+        await faults.pause("grant.ask")
         reply = await core.metad("grant", {"image": c.uuid, "opened_epoch": opened_epoch, "purpose": purpose})
         epoch, holders = int(reply["epoch"]), [str(n) for n in reply["holders"]]
+        await faults.pause("grant.reserved")
         fenced = [n for n in await asyncio.gather(*(self._fence(n, epoch) for n in holders)) if n]
+        await faults.pause("grant.fenced")
         await core.metad("grant.commit", {"image": c.uuid, "epoch": epoch, "fenced": fenced})
         c.epoch, c.held, self._purpose, c.hindrance = epoch, True, purpose, ""
         c.idle_since = c.now()
@@ -68,6 +72,7 @@ class Role:
         c.activity.begin(c.image.active, c.now())
         c.flusher.begin(c.image.active)
         log.info("image %s: this node is the writer, epoch %d", c.name(), epoch)
+        faults.point("grant.held")
 
     async def _fence(self, node: str, epoch: int) -> str:
         """Have a replica persist the epoch (R3); the node, or nothing when it can't be reached."""
@@ -108,13 +113,16 @@ class Role:
         clean = False
         try:
             async with asyncio.timeout_at(deadline):
+                await faults.pause("release.begin")
                 await c.writes.drained()
+                await faults.pause("release.drained")
                 cold = [b for b in c.activity.active if b not in c.activity.warm]
                 if cold:
                     await c.activity.make_warm(cold)
                 await c.flusher.flush()
                 for block in list(c.marker.pending):
                     await c.marker.settled(block)
+                await faults.pause("release.flushed")
                 clean = c.holds(epoch)
         except (UkaiError, TimeoutError) as e:
             log.info("image %s: released without a flush: %s", c.name(), e)

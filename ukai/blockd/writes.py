@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ukai import faults
 from ukai.blockd.image_store import ImageStore
 from ukai.blockd.peer import Payload, Peer
 from ukai.blockd.role import RETRY_S
@@ -59,6 +60,7 @@ class Op:
             self.failed[node] = error
         self.waiting -= 1
         if self.waiting == 0:
+            faults.point("write.answered")
             self.done(self)
 
 
@@ -121,10 +123,12 @@ class Writes:
         error: UkaiError | None = None
         if hot.local is not None:
             try:
+                faults.point("write.sent")
                 if data is None:
                     hot.local.punch(block, offset, length, hot.generation)
                 else:
                     hot.local.write(block, offset, data, hot.generation)
+                faults.point("write.local")
             except UkaiError as e:
                 error = e
         op.answered(c.own, error)

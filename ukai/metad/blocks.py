@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ukai import messages
+from ukai import faults, messages
 from ukai.errors import Refused, RemoteProtocolError
 from ukai.messages import Header
 from ukai.metad import replicas
@@ -26,6 +26,7 @@ def activate(core: Core, fields: Header) -> Header:
     ranges = _ranges(image, fields)
     if not ranges:
         return {"generation": 0}
+    faults.point("metad.activate")
     limit = ACTIVE_FACTOR * core.config.active_limit
     if image.active.total() + sum(b - a + 1 for a, b in ranges) > limit:
         raise Refused(f"more than {limit} active blocks of image {image.name}; retire some first")
@@ -40,6 +41,7 @@ def activate(core: Core, fields: Header) -> Header:
 
 def retire(core: Core, fields: Header) -> Header:
     node, image = owned(core, fields)
+    faults.point("metad.retire")
     gone = [list(r) for first, last in _ranges(image, fields) for r in image.active.within(first, last)]
     if gone:
         core.commit([{"t": "active", "uuid": image.uuid, "del": gone}], f"retire by {node}")
@@ -49,6 +51,7 @@ def retire(core: Core, fields: Header) -> Header:
 def mark(core: Core, fields: Header) -> Header:
     """Replicas that did not take a write (R4); the last in-sync ones stay (R9)."""
     node, image = owned(core, fields)
+    faults.point("metad.mark")
     kept: list[list[Any]] = []
     for target, marks in _marks(image, fields).items():
         rows, stay = replicas.out_of_sync(image, target, marks)
@@ -76,6 +79,7 @@ def _marks(image: Image, fields: Header) -> dict[str, list[replicas.Mark]]:
 def sync_begin(core: Core, fields: Header) -> Header:
     node, image = owned(core, fields)
     target = messages.text(fields, "target", 64)
+    faults.point("metad.sync-begin")
     rows, begun, instant = replicas.syncing(image, target, _ranges(image, fields))
     if rows:
         core.commit(replicas.changes(image, {target: rows}), f"resync by {node}")
@@ -85,6 +89,7 @@ def sync_begin(core: Core, fields: Header) -> Header:
 def sync_finish(core: Core, fields: Header) -> Header:
     node, image = owned(core, fields)
     target = messages.text(fields, "target", 64)
+    faults.point("metad.sync-finish")
     rows, failed = replicas.synced(image, target, _ranges(image, fields))
     if rows:
         core.commit(replicas.changes(image, {target: rows}), f"resynced by {node}")

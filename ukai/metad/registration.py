@@ -9,7 +9,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ukai import messages
+from ukai import faults, messages
 from ukai.errors import Behind, Refused, RemoteProtocolError, UkaiError
 from ukai.messages import Header
 from ukai.metad import replicas
@@ -176,6 +176,7 @@ def _once(marks: list[replicas.Mark]) -> list[replicas.Mark]:
 def register(core: Core, fields: Header) -> Header:
     """Compare, commit, and take the node in.  Raises Behind, Refused, RemoteProtocolError."""
     report = read(fields)
+    faults.point("metad.register")
     cluster, node = core.cluster, report.node
     if reason := refusal(cluster, report):
         core.refused[node] = reason

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-from ukai import messages
+from ukai import faults, messages
 from ukai.errors import (
     Busy,
     NotCoordinator,
@@ -51,6 +51,7 @@ async def _grant(core: Core, fields: Header, session: Session) -> Header:
     if purpose not in ("io", "read", "sync"):
         raise Refused(f"a purpose of {purpose!r} does not exist")
     async with core.lock(uuid):
+        await faults.pause("metad.grant")
         await _wait_for_pending(core, uuid, node)
         core.session(fields)
         _check_eligible(core.image(uuid), node, io, opened_epoch)
@@ -126,6 +127,7 @@ async def displace(core: Core, uuid: str, node: str, *, io: bool) -> None:
     """
     image = core.image(uuid)
     writer, epoch = image.writer, image.epoch
+    await faults.pause("metad.displace")
     reply = await _ask_to_release(core, uuid, writer, epoch)
     if reply is None:
         core.revoked.add(uuid)
@@ -135,6 +137,7 @@ async def displace(core: Core, uuid: str, node: str, *, io: bool) -> None:
                 await asyncio.sleep(left)  # the passing of a lease is the condition itself
         finally:
             core.revoked.discard(uuid)
+    await faults.pause("metad.displaced")
     image = core.image(uuid)
     handles = reply.get("handles", 1) if reply is not None else 1
     clean = reply is not None and reply.get("clean") is True
@@ -198,6 +201,7 @@ def grant_commit(core: Core, fields: Header) -> Header:
             f"image {image.name} needs node {' or '.join(needed) or 'none'}: the only in-sync copies of blocks "
             f"{blocks} are there, and it can't be reached"
         )
+    faults.point("metad.commit")
     changes: list[Change] = [{"t": "image", "uuid": image.uuid, "writer": node}]
     astray = replicas.reconciled(image, node, fenced)
     changes += replicas.changes(image, astray)
@@ -240,6 +244,7 @@ def owned(core: Core, fields: Header) -> tuple[str, Image]:
 def release(core: Core, fields: Header) -> Header:
     """The coordinator has flushed everything and gives the role back; its handles may be open all the same."""
     node, image = owned(core, fields)
+    faults.point("metad.release")
     changes: list[Change] = [{"t": "image", "uuid": image.uuid, "writer": "", "former": image.former or node}]
     if len(image.active):
         changes.append({"t": "active", "uuid": image.uuid, "del": [list(r) for r in image.active]})

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import zmq
 
-from ukai import messages
+from ukai import faults, messages
 from ukai.config import Config
 from ukai.daemon import supervise
 from ukai.errors import (
@@ -335,7 +335,9 @@ class Server:
 
     def _commit(self, batch: list[Entry]) -> UkaiError | None:
         try:
+            faults.point("metad.store")
             self._store.commit(batch, self.core.cluster)
+            faults.point("metad.stored")
         except Exception as e:
             log.error("%s", e, exc_info=None if isinstance(e, UkaiError) else e)
             self._stopped_by = e.message if isinstance(e, UkaiError) else repr(e)

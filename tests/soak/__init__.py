@@ -1,0 +1,1 @@
+"""Hours of faults over real processes; see ``run.py``."""
