@@ -111,8 +111,9 @@ class Cluster:
     """Nodes 1 … ``nodes``; metad on node 1, blockd on each or on those in ``blockds``, a frontend on ``frontends``.
 
     ``settings`` are keys of ``ukai.config``, over ``DEFAULTS``.  With a ``mesh`` its hosts are the nodes, and it stays
-    the caller's.  A context manager: ``with`` starts all and waits until
-    they are ready; the end compares nothing, stops all, and raises AssertionError with what was left behind.
+    the caller's.  ``commands`` are programs in the place of ``ukai-NAME``.  A context manager: ``with`` starts all and
+    waits until they are ready; the end compares nothing, stops all, and raises AssertionError with what was left
+    behind.
     """
 
     def __init__(
@@ -124,8 +125,9 @@ class Cluster:
         settings: Mapping[str, object] | None = None,
         blockds: Sequence[int] | None = None,
         mesh: Mesh | None = None,
+        commands: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.root, self.mesh = root, mesh
+        self.root, self.mesh, self.commands = root, mesh, commands or {}
         self.addresses = mesh.addresses if mesh is not None else [f"127.0.0.{n}" for n in range(1, nodes + 1)]
         self.frontends = [self.node(n) for n in frontends]
         self.blockds = self.addresses if blockds is None else [self.node(n) for n in blockds]
@@ -166,9 +168,9 @@ class Cluster:
         return self.addresses[node - 1] if isinstance(node, int) else node
 
     def command(self, node: int | str, name: str) -> list[str]:
-        """A console script of ours, as it is called on a node."""
+        """A console script of ours, or what stands in its place, as it is called on a node."""
         where = [] if self.mesh is None else self.mesh.command(self.addresses.index(self.node(node)) + 1)
-        return [*where, program(name)]
+        return [*where, *self.commands.get(name.removeprefix("ukai-"), [program(name)])]
 
     def environment(self, node: int | str) -> dict[str, str]:
         """The environment of the processes of a node."""
@@ -182,6 +184,7 @@ class Cluster:
             "UKAI_DATA_ROOT": str(self.data_root(address)),
             "UKAI_RUN_DIR": str(self.run_root / address),
             "UKAI_MOUNT_POINT": str(self.mount(address)),
+            "PYTHONPATH": str(Path(__file__).parents[1]),  # for programs of the tests
             "PYTHONUNBUFFERED": "1",
             "PYTHONWARNINGS": "default",  # they end in the log, and the log is checked
         }
@@ -265,6 +268,14 @@ class Cluster:
         process = self.process(node, name)
         process.signal(number)
         return process.wait()
+
+    def kill_all(self) -> None:
+        """SIGKILL for all processes of all nodes, as near to one instant as can be."""
+        running = [p for p in self.processes.values() if p.alive]
+        for process in running:
+            process.signal(signal.SIGKILL)
+        for process in running:
+            process.wait()
 
     def stop(self, node: int | str, name: str) -> None:
         """Freeze the process (SIGSTOP): its sockets stay, it answers nothing."""

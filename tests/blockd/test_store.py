@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from tests.blockd.files import (
     open_store,
     pattern,
 )
+from tests.durability.cut import power_cut
+from tests.durability.journal import JournaledDisk
 from ukai.blockd.disk import Disk
 from ukai.blockd.files import GENERATIONS, HASH_BYTES, HOLE, META, TEMPORARY
 from ukai.blockd.image_store import ImageStore
@@ -729,3 +732,15 @@ def test_no_space_is_told_apart(reopen: OpenStore) -> None:
     disk.full = 0
     assert image.read(0, 0, 1) == b"x"
     image.write(0, 0, b"z", 2)
+
+
+def test_a_new_store_is_there_after_a_power_cut(tmp_path: Path) -> None:
+    """Also the directories above it, whoever made them."""
+    for seed in range(10):
+        journal = tmp_path / f"{seed}.journal"
+        root = tmp_path / str(seed) / "ukai" / "data"
+        disk = JournaledDisk(str(journal))
+        open_store(root, disk).close()
+        os.close(disk._log)
+        power_cut(journal, random.Random(seed))
+        assert (root / ".ukai" / "store.json").exists()

@@ -71,10 +71,19 @@ class PeerTransport:
 class BlockServer:
     """See ``daemon.Server``."""
 
-    def __init__(self, config: Config, node: str, context: zmq.Context[Any], telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        config: Config,
+        node: str,
+        context: zmq.Context[Any],
+        telemetry: Telemetry,
+        *,
+        disk: Disk | None = None,
+        boot_id_file: str = BOOT_ID,
+    ) -> None:
         self._config, self._node, self._context, self._telemetry = config, node, context, telemetry
         self._pool = ThreadPoolExecutor(DISK_THREADS, "disk")
-        self.store = Store(config.data_root, config.blockname_format, Disk(), config.open_files_limit)
+        self.store = Store(config.data_root, config.blockname_format, disk or Disk(), config.open_files_limit)
         self.store.open(str(uuid.uuid4()))
         for line in self.store.strange:
             log.warning("%s", line)
@@ -82,7 +91,7 @@ class BlockServer:
         self._link = MetadLink(
             context, config, detail=True, mirror=self.mirror, on_request=self._from_metad, on_garbage=self._garbage
         )
-        with open(BOOT_ID, encoding="ascii") as f:
+        with open(boot_id_file, encoding="ascii") as f:
             boot_id = f.read().strip()
         ports = Ports(
             metad=self._link.call,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections import OrderedDict
 
 from ukai.blockd.disk import Disk
@@ -53,7 +54,7 @@ class Store:
         """
         private = f"{self.root}/.ukai"
         try:
-            self.disk.make_directories(private)
+            self._make_root(private)
             self._lock_fd = self.disk.open(f"{private}/lock", create=True)
             if not self.disk.lock(self._lock_fd):
                 raise Busy(f"another blockd uses {self.root}; stop it first")
@@ -71,6 +72,22 @@ class Store:
         except UkaiError:
             self.close()
             raise
+
+    def _make_root(self, private: str) -> None:
+        """Make what is missing down to ``private``; it is on the disk before a store is said to be in it.
+
+        Raises OSError.
+        """
+        if self.disk.exists(f"{private}/store.json"):
+            return
+        parents = {self.root, os.path.dirname(self.root)}
+        path = self.root
+        while not self.disk.exists(path):
+            path = os.path.dirname(path)
+            parents.add(path)
+        self.disk.make_directories(private)
+        for path in sorted(parents):
+            self.disk.sync_directory(path)
 
     def _identify(self, data: bytes) -> None:
         """Raises UsageError."""

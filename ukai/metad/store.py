@@ -112,7 +112,8 @@ class Store:
         return db
 
     def _sync_directories(self) -> None:
-        for directory in (self.directory, os.path.dirname(self.directory)):
+        root = os.path.dirname(self.directory)
+        for directory in (self.directory, root, os.path.dirname(root)):
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(fd)

@@ -1,0 +1,1 @@
+"""What a power cut leaves: acknowledged and synced data, on each replica alone."""
