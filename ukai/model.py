@@ -11,8 +11,8 @@ a mirror applies the same change in the same order.  A change is a map with a ki
 | active     | uuid, add [[first, last]], del [[first, last]]           | active blocks                              |
 | node       | address and any fields of ``Node.row()``                 | node made or altered                       |
 | node-drop  | address                                                  | node forgotten                             |
-| job        | uuid and any fields of ``Job.row()``                     | resync order made or altered               |
-| job-drop   | uuid                                                     | resync order forgotten                     |
+| job        | uuid and any fields of ``Job.row()``                     | order to sync or verify made or altered    |
+| job-drop   | uuid                                                     | that order forgotten                       |
 """
 
 from __future__ import annotations
@@ -205,11 +205,13 @@ class Node:
 
 @dataclass(slots=True)
 class Job:
-    """An order to bring replicas of an image in sync; at most one per image."""
+    """An order to bring replicas of an image in sync, or to compare them; at most one per image."""
 
     uuid: str
+    kind: str = "sync"
+    """sync or verify."""
     nodes: list[str] = field(default_factory=list)
-    """Targets; empty: all locations."""
+    """Targets of a sync, locations that a verify compares; empty: all."""
     ranges: list[list[int]] = field(default_factory=list)
     """Blocks; empty: all."""
     state: str = "running"
@@ -219,10 +221,15 @@ class Job:
     started: float = 0.0
     rate: int = -1
     """Limit in bytes per second; −1: the node's setting, 0: none."""
+    done: dict[str, Any] = field(default_factory=dict)
+    """Its figures when its coordinator last told them to be kept, and ``at``: the block at which a verify goes on."""
+    after: dict[str, Any] = field(default_factory=dict)
+    """The row of the verify whose place this order of metad's has taken, to be taken up after it."""
 
     def row(self) -> dict[str, Any]:
         return {
             "uuid": self.uuid,
+            "kind": self.kind,
             "nodes": list(self.nodes),
             "ranges": [list(r) for r in self.ranges],
             "state": self.state,
@@ -230,6 +237,8 @@ class Job:
             "number": self.number,
             "started": self.started,
             "rate": self.rate,
+            "done": dict(self.done),
+            "after": dict(self.after),
         }
 
 

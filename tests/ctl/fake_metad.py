@@ -35,6 +35,7 @@ SUMMARY: Header = {
 }
 JOB: Header = {
     "image": "image01",
+    "kind": "sync",
     "number": 7,
     "state": "running",
     "reason": "",
@@ -51,6 +52,7 @@ JOB: Header = {
     "eta": 9,
     "blocks_total": 28,
     "blocks_done": 14,
+    "blocks_differed": 0,
     "rate_limit": 200 * 2**20,
 }
 NODE: Header = {
@@ -100,6 +102,7 @@ ANSWERS: dict[str, Answer] = {
     "hypervisor.remove": {"image": SUMMARY, "notes": []},
     "migrate": {"image": SUMMARY, "notes": []},
     "sync.start": {"job": JOB},
+    "verify.start": {"job": JOB | {"kind": "verify"}},
     "sync.stop": {"job": JOB | {"state": "stopped", "reason": "stopped by an administrator"}},
     "sync.rate": {"job": JOB},
     "sync.status": {"jobs": [JOB]},

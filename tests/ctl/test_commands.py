@@ -57,6 +57,12 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
         "sync.start",
         {"name": "image01", "nodes": ["127.0.0.2"], "ranges": [[5, 5]], "rate": 100 * 2**20},
     ),
+    "verify image01": ("verify.start", {"name": "image01", "nodes": [], "ranges": [], "rate": -1}),
+    "verify image01 --node 127.0.0.2 --blocks 5 --rate 100M": (
+        "verify.start",
+        {"name": "image01", "nodes": ["127.0.0.2"], "ranges": [[5, 5]], "rate": 100 * 2**20},
+    ),
+    "verify image01 --stop": ("sync.stop", {"name": "image01"}),
     "sync stop image01": ("sync.stop", {"name": "image01"}),
     "sync rate image01 none": ("sync.rate", {"name": "image01", "rate": 0}),
     "sync rate image01 default": ("sync.rate", {"name": "image01", "rate": -1}),

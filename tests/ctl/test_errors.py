@@ -40,6 +40,7 @@ USAGE = {
     "location add image01 127.0.0.1 --blocks 0-128": "block 128 does not exist; the last one is 127",
     "sync start image01 --node 127.0.0.2 --node 127.0.0.2": "node 127.0.0.2 is named twice",
     "sync start image01 --rate fast": "is no size",
+    "verify image01 --stop --wait": "--stop stands alone",
     "sync rate image01 2T": "is not possible",
     "create_metadata -s 0 -b 50000000 -l 127.0.0.1 image01": "0 bytes is not possible",
     "create_metadata -s 9223372036854775808 -b 50000000 -l 127.0.0.1 image01": "is not possible",
@@ -186,6 +187,15 @@ def test_wait_ends_with_the_result(state: str, exit_code: int, metad: FakeMetad,
     result = run("sync", "start", "image01", "--wait")
     assert result.exit_code == exit_code
     assert ("why" in result.stderr) == bool(exit_code)
+
+
+@pytest.mark.parametrize(("differed", "exit_code"), [(0, 0), (3, 1)])
+def test_a_verify_that_found_something_says_so(differed: int, exit_code: int, metad: FakeMetad, run: Run) -> None:
+    ended = {"kind": "verify", "state": "done", "reason": "a sum", "blocks_differed": differed}
+    metad.answers["sync.status"] = {"jobs": [JOB | ended]}
+    result = run("verify", "image01", "--wait")
+    assert result.exit_code == exit_code
+    assert "a sum" in result.stdout
 
 
 def test_wait_notices_an_order_that_is_not_ours(metad: FakeMetad, run: Run) -> None:

@@ -32,6 +32,7 @@ IMAGE_KEYS = [*SUMMARY_KEYS, "placement", "placement_omitted", "active", "job"]
 NODE_KEYS = ["address", "state", "since", "reason", "store_id", "space_free", "space_total", "images"]
 JOB_KEYS = [
     "image",
+    "kind",
     "number",
     "state",
     "reason",
@@ -46,6 +47,7 @@ JOB_KEYS = [
     "bytes_hole",
     "blocks_total",
     "blocks_done",
+    "blocks_differed",
     "rate",
     "eta",
     "rate_limit",
@@ -64,6 +66,7 @@ SHAPES: dict[str, dict[str, list[str] | None]] = {
     "hypervisor remove image01 127.0.0.2": CHANGED,
     "migrate image01 127.0.0.2": CHANGED,
     "sync start image01": {"job": JOB_KEYS},
+    "verify image01": {"job": JOB_KEYS},
     "sync stop image01": {"job": JOB_KEYS},
     "sync rate image01 10M": {"job": JOB_KEYS},
     "sync status": {"jobs": JOB_KEYS},

@@ -20,7 +20,7 @@ from ukai.errors import (
     Unreachable,
 )
 from ukai.messages import Header
-from ukai.metad import jobs
+from ukai.metad import jobs, roles
 from ukai.model import Image
 
 
@@ -430,5 +430,56 @@ def test_the_coordinator_of_a_resync_is_looked_for() -> None:
         await desk.coordinate(A, "job.end", image, number=job["number"], state="done", progress={"bytes_done": 8192})
         shown = (await desk.do("sync.status"))["jobs"][0]
         assert (shown["state"], shown["bytes_done"]) == ("done", 8192)
+
+    at_desk(scene)
+
+
+def test_a_verify_waits_for_what_a_writer_s_end_left() -> None:
+    """It gives its place to metad's own order and has it back afterwards, with what it had found."""
+
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[0, 1]])
+        number = (await desk.do("verify.start", name="disk", ranges=[[0, 5]], rate=7))["job"]["number"]
+        figures = {"blocks_done": 3, "blocks_differed": 1}
+        await desk.coordinate(A, "job.note", image, number=number, at=3, progress=figures)
+        await desk.register(A, inc="again")
+        await desk.own(A, image)
+        job = desk.core.cluster.jobs[image.uuid]
+        assert (job.kind, job.reason, job.nodes) == ("sync", roles.RECONCILE, [B])
+        shown = (await desk.do("sync.status", name="disk"))["jobs"][0]
+        assert (shown["kind"], shown["number"], shown["state"]) == ("verify", number, "waiting")
+        assert (shown["reason"], shown["blocks_done"], shown["ranges"]) == (roles.RECONCILE, 3, [[0, 5]])
+        for op in ("sync.start", "verify.start"):
+            with pytest.raises(Busy, match="a verify of image disk is under way"):
+                await desk.do(op, name="disk")
+        await desk.do("sync.rate", name="disk", rate=9)
+        await desk.coordinate(A, "job.end", image, number=job.number, state="done")
+        job = desk.core.cluster.jobs[image.uuid]
+        assert (job.kind, job.number, job.state, job.rate, job.after) == ("verify", number, "running", 9, {})
+        assert job.done == {**figures, "at": 3}
+        await desk.coordinate(A, "job.end", image, number=number, state="done", progress={"blocks_differed": 2})
+        shown = (await desk.do("sync.status", name="disk"))["jobs"][0]
+        assert (shown["state"], shown["blocks_differed"]) == ("done", 2)
+
+    at_desk(scene)
+
+
+def test_a_verify_that_waits_can_be_stopped_and_metad_s_order_goes_on() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[0, 1]])
+        await desk.register(A, inc="again")
+        await desk.own(A, image)
+        assert desk.core.cluster.jobs[image.uuid].reason == roles.RECONCILE
+        shown = (await desk.do("verify.start", name="disk"))["job"]
+        assert (shown["kind"], shown["state"]) == ("verify", "waiting")
+        assert (await desk.do("sync.stop", name="disk"))["job"]["state"] == "stopped"
+        job = desk.core.cluster.jobs[image.uuid]
+        assert (job.kind, job.state, job.after) == ("sync", "running", {})
+        job_number = job.number
+        assert (await desk.do("sync.start", name="disk"))["job"]["number"] == job_number, "it is widened"
 
     at_desk(scene)

@@ -34,6 +34,7 @@ PURE = (
     "blockd/reads",
     "blockd/resync",
     "blockd/role",
+    "blockd/verify",
     "blockd/writes",
     "frontend/core",
 )

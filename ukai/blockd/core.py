@@ -16,11 +16,13 @@ from typing import Any
 from ukai import faults
 from ukai.blockd.coordinator import Coordinator
 from ukai.blockd.frontends import TRANSFER_LIMIT_BYTES, Frontends, Reply
+from ukai.blockd.jobs import Run
 from ukai.blockd.orders import Orders
 from ukai.blockd.peer import Connect, Payload, Peer
 from ukai.blockd.replica import Replica
 from ukai.blockd.resync import Resync
 from ukai.blockd.store import Store
+from ukai.blockd.verify import Verify
 from ukai.config import Config
 from ukai.errors import (
     Behind,
@@ -41,7 +43,18 @@ SAVE_BEATS = 5
 OVERTAKEN_TIMES = 10
 
 NUMBERED = frozenset(
-    {"grant", "grant.commit", "release", "activate", "retire", "mark", "sync.begin", "sync.finish", "job.end"}
+    {
+        "grant",
+        "grant.commit",
+        "release",
+        "activate",
+        "retire",
+        "mark",
+        "sync.begin",
+        "sync.finish",
+        "job.note",
+        "job.end",
+    }
 )
 """What alters metadata: metad takes each number once and in order, so that a late request can't undo a newer one."""
 
@@ -78,7 +91,7 @@ class Core:
         self.coordinators: dict[str, Coordinator] = {}
         self.frontends = Frontends(self)
         self.orders = Orders(self)
-        self.resyncs: dict[str, Resync] = {}
+        self.resyncs: dict[str, Run] = {}
         self.peers: dict[str, Peer] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beats = 0
@@ -274,7 +287,7 @@ class Core:
         running = job is not None and job.state == "running"
         current = self.resyncs.get(c.uuid)
         if job is not None and running and (current is None or (current.task.done() and current.number != job.number)):
-            self.resyncs[c.uuid] = Resync(c, job)
+            self.resyncs[c.uuid] = Verify(c, job) if job.kind == "verify" else Resync(c, job)
         elif current is not None and current.task.done() and not running:
             del self.resyncs[c.uuid]
         try:

@@ -352,6 +352,8 @@ class ImageStore:
         data_at: int | None = -1
         try:
             self._check_size(fd, block)  # beyond its end a file that was cut looks like a hole
+            if not self.disk.linked(fd):
+                raise Damaged(f"{self.path(block)} was removed while in use")
             for at in range(offset, offset + length, chunk):
                 size = min(chunk, offset + length - at)
                 if data_at is not None and data_at < at:

@@ -55,7 +55,7 @@ class Run(ABC):
         self.bytes_total = self.bytes_done = self.bytes_equal = self.bytes_copied = self.bytes_hole = 0
         self.blocks_total = self.blocks_done = self.blocks_differed = 0
         self.reason = ""
-        self._began = self._c.now()
+        self._began, self._began_bytes = self._c.now(), 0
         self.task = coordinator.core.spawn(self._run())
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Run(ABC):
     def progress(self) -> dict[str, Any]:
         """What `sync status` shows, in bytes, seconds and blocks."""
         seconds = max(self._c.now() - self._began, 1e-6)
-        rate = self.bytes_done / seconds
+        rate = (self.bytes_done - self._began_bytes) / seconds
         left = max(self.bytes_total - self.bytes_done, 0)
         return {
             "number": self.number,
@@ -148,11 +148,19 @@ class Run(ABC):
                 return node
         raise Unreachable(f"no in-sync copy of block {block} can be reached")
 
-    async def _hash(self, node: str, block: int, offset: int, length: int, chunk: int) -> bytes:
+    async def _hash(
+        self, node: str, block: int, offset: int, length: int, chunk: int, generation: int | None = None
+    ) -> bytes:
+        """16 bytes for each chunk of a part of a block, which must be of ``generation``.  Raises UkaiError."""
         c = self._c
         if node == c.own:
-            return await c.core.replica.hash(c.core.store.image(c.uuid), block, offset, length, chunk)
+            image = c.core.store.image(c.uuid)
+            if generation is not None:
+                image.check(block, generation)
+            return await c.core.replica.hash(image, block, offset, length, chunk)
         fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "c": chunk}
+        if generation is not None:
+            fields["g"] = generation
         _, payload = await c.core.peer(node).ask("h", fields)
         data = bytes(payload or b"")
         if len(data) != HASH_BYTES * -(-length // chunk):

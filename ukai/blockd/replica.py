@@ -272,10 +272,16 @@ class Replica:
     async def _read_beside(self, image: ImageStore, block: int, offset: int, length: int) -> Answer:
         return {}, await self.run_disk(image.read_beside, image.borrow(block), block, offset, length)
 
-    async def _hash(self, header: Header) -> Answer:
+    def _hash(self, header: Header) -> Awaitable[Answer]:
         image, length = self._image(header), integer(header, "l", 1, HASH_LENGTH_LIMIT_BYTES)
         block, offset = self._place(image, header, length)
-        return {}, await self.hash(image, block, offset, length, integer(header, "c", 512))
+        chunk = integer(header, "c", 512)
+        if "g" in header:
+            image.check(block, integer(header, "g"))
+        return self._hashed(image, block, offset, length, chunk)
+
+    async def _hashed(self, image: ImageStore, block: int, offset: int, length: int, chunk: int) -> Answer:
+        return {}, await self.hash(image, block, offset, length, chunk)
 
     async def hash(self, image: ImageStore, block: int, offset: int, length: int, chunk: int) -> bytes:
         """16 bytes for each chunk of a part of a block.  Raises Damaged, DiskError."""

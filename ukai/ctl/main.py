@@ -25,6 +25,7 @@ from ukai.ctl.commands import (
     original,
     status,
     sync,
+    verify,
 )
 from ukai.ctl.params import Command, Group, Session
 from ukai.errors import UkaiError
@@ -122,7 +123,7 @@ image.group.add_command(importer.command)
 image.group.add_command(export.command)
 for part in (image, location, hypervisor, node, sync):
     cli.add_command(part.group)
-for verb in (status, migrate, log, metrics, completion):
+for verb in (status, migrate, verify, log, metrics, completion):
     cli.add_command(verb.command)
 for alias in original.COMMANDS:
     cli.add_command(alias)

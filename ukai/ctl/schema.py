@@ -43,6 +43,7 @@ NODE: Map = {
 }
 JOB: Map = {
     "image": "",
+    "kind": "sync",
     "number": 0,
     "state": "",
     "reason": "",
@@ -57,6 +58,7 @@ JOB: Map = {
     "bytes_hole": None,
     "blocks_total": None,
     "blocks_done": None,
+    "blocks_differed": None,
     "rate": None,
     "eta": None,
     "rate_limit": None,

@@ -1,4 +1,4 @@
-"""Waiting for a resync: a progress bar on a terminal, a line now and then elsewhere."""
+"""Waiting for a resync or a verify: a progress bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def wait_for_job(session: Session, client: Client, job: Map) -> Map:
     Each question has ``--timeout`` of its own, so a restart of metad is waited out.  Raises Unreachable.
     KeyboardInterrupt passes, after a line that says how to stop the order.
     """
-    name, number = job["image"], job["number"]
+    name, number, what = job["image"], job["number"], "verify" if job["kind"] == "verify" else "resync"
     try:
-        with Meter(f"sync {name}", session.as_json) as meter:
+        with Meter(f"{job['kind']} {name}", session.as_json) as meter:
             while job["state"] not in ENDED:
                 meter.show(_percent(job), _note(job))
                 time.sleep(POLL_S)  # metad has no way to tell us; this is how often we ask
@@ -90,11 +90,11 @@ def wait_for_job(session: Session, client: Client, job: Map) -> Map:
                 job = now[0]
             meter.show(_percent(job), _note(job))
     except KeyboardInterrupt:
-        session.out.remark(f"the resync of {name} goes on; stop it with: ukai-ctl sync stop {name}")
+        session.out.remark(f"the {what} of {name} goes on; stop it with: ukai-ctl sync stop {name}")
         raise
     except Unreachable as e:
         raise type(e)(
-            f"{e.message}; the resync of {name} was left as it is, see: ukai-ctl sync status {name}"
+            f"{e.message}; the {what} of {name} was left as it is, see: ukai-ctl sync status {name}"
         ) from None
     return job
 

@@ -211,7 +211,9 @@ async def take_offline(core: Core, uuid: str, force: bool, timeout_s: float) -> 
             changes = [row]
             job = core.cluster.jobs.get(uuid)
             if job is not None and job.state == "running":
-                changes.append({"t": "job", "uuid": uuid, "state": "stopped", "reason": "image taken offline"})
+                changes.append(
+                    {"t": "job", "uuid": uuid, "state": "stopped", "reason": "image taken offline", "after": {}}
+                )
             core.commit(changes, "image offline")
         except UkaiError:
             await core.call_all([(n, "close", {"image": uuid, "reopen": True}) for n, _, _ in asked], timeout_s * 0.15)

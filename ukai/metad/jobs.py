@@ -1,4 +1,4 @@
-"""Orders to bring replicas in sync (R11).
+"""Orders to bring replicas in sync (R11), and to compare those that are.
 
 metad keeps the order and sees to it that somebody coordinates the image; the coordinator does the work and ends the
 order.  An order survives restarts of everything.
@@ -17,13 +17,39 @@ from ukai.model import IN_SYNC, Change, Image, Job
 
 FIGURES = (
     "bytes_total", "bytes_done", "bytes_equal", "bytes_copied", "bytes_hole", "rate", "eta", "blocks_total",
-    "blocks_done", "rate_limit",
+    "blocks_done", "blocks_differed", "rate_limit",
 )  # fmt: skip
 RATE_MAX = 2**40
 
 
 def start(core: Core, fields: Header) -> Header:
-    """Raises NotFound, Busy when an order is under way, Refused."""
+    """A resync.  Raises NotFound, Busy when an order is under way, Refused."""
+    image, order = _read(core, fields, "sync")
+    job = core.cluster.jobs.get(image.uuid)
+    running = job is not None and job.state == "running"
+    if job is not None and running and (job.reason != roles.RECONCILE or job.after):
+        raise _busy(image, job)
+    left = replicas.unsynced(image, order["nodes"] or image.locations, wanted_blocks(image, fields))
+    order["state"] = "running" if left else "done"
+    order["reason"] = "" if left else "nothing was out-of-sync"
+    if job is not None and running:
+        order["number"] = job.number  # widened, not ended
+    return _commit(core, image, order, "sync start")
+
+
+def verify(core: Core, fields: Header) -> Header:
+    """A comparison of in-sync replicas.  Raises NotFound, Busy when an order is under way, Refused."""
+    image, order = _read(core, fields, "verify")
+    job = core.cluster.jobs.get(image.uuid)
+    if job is not None and job.state == "running":
+        if job.reason != roles.RECONCILE or job.after:
+            raise _busy(image, job)
+        order = {"t": "job", "uuid": image.uuid, "after": {k: v for k, v in order.items() if k != "t"}}
+    return _commit(core, image, order, "verify start")
+
+
+def _read(core: Core, fields: Header, kind: str) -> tuple[Image, Change]:
+    """The image of an order, and the order as it begins.  Raises NotFound, Refused, UsageError."""
     image = core.named(fields)
     if not image.online:
         raise Refused(f"image {image.name} is offline; bring it back with: ukai-ctl add_image {image.name}")
@@ -31,32 +57,35 @@ def start(core: Core, fields: Header) -> Header:
     for node in nodes:
         if node not in image.locations:
             raise NotFound(f"node {node:.64} is no location of image {image.name}")
-    ranges = wanted_blocks(image, fields)
-    rate = _rate(fields)
-    job = core.cluster.jobs.get(image.uuid)
-    if job is not None and job.state == "running" and job.reason != roles.RECONCILE:
-        raise Busy(
-            f"a resync of image {image.name} is under way; see: ukai-ctl sync status {image.name}, "
-            f"or stop it with: ukai-ctl sync stop {image.name}"
-        )
-    left = replicas.unsynced(image, nodes or image.locations, ranges)
-    change: Change = {
-        "t": "job",
-        "uuid": image.uuid,
-        "nodes": list(nodes),
-        "ranges": [list(r) for r in messages.ranges(fields, "ranges")],
-        "state": "running" if left else "done",
-        "reason": "" if left else "nothing was out-of-sync",
-        "number": core.cluster.seq + 1 if job is None or job.state != "running" else job.number,  # widened, not ended
-        "started": core.ports.wall(),
-        "rate": rate,
-    }
+    wanted_blocks(image, fields)
+    order = Job(
+        uuid=image.uuid,
+        kind=kind,
+        nodes=list(nodes),
+        ranges=[list(r) for r in messages.ranges(fields, "ranges")],
+        number=core.cluster.seq + 1,
+        started=core.ports.wall(),
+        rate=_rate(fields),
+    )
+    return image, {"t": "job", **order.row()}
+
+
+def _busy(image: Image, job: Job) -> Busy:
+    what = "verify" if job.after or job.kind == "verify" else "resync"
+    return Busy(
+        f"a {what} of image {image.name} is under way; see: ukai-ctl sync status {image.name}, "
+        f"or stop it with: ukai-ctl sync stop {image.name}"
+    )
+
+
+def _commit(core: Core, image: Image, order: Change, cause: str) -> Header:
     core.progress.pop(image.uuid, None)
     core.sync_reason.pop(image.uuid, None)
-    core.commit([change], "sync start")
-    if left:
+    core.commit([order], cause)
+    job = core.cluster.jobs[image.uuid]
+    if job.state == "running":
         attend(core, image.uuid)
-    return {"job": describe(core, core.cluster.jobs[image.uuid])}
+    return {"job": describe(core, job)}
 
 
 def _rate(fields: Header) -> int:
@@ -69,23 +98,31 @@ def _rate(fields: Header) -> int:
 def _job(core: Core, image: Image) -> Job:
     job = core.cluster.jobs.get(image.uuid)
     if job is None:
-        raise NotFound(f"there is no resync of image {image.name}; begin one with: ukai-ctl sync start {image.name}")
+        raise NotFound(
+            f"there is no resync or verify of image {image.name}; begin one with: ukai-ctl sync start {image.name}"
+        )
     return job
 
 
 def stop(core: Core, fields: Header) -> Header:
     image = core.named(fields)
     job = _job(core, image)
+    shown = describe(core, job)
     if job.state == "running":
-        change: Change = {"t": "job", "uuid": image.uuid, "state": "stopped", "reason": "stopped by the administrator"}
-        core.commit([change], "sync stop")
+        over = {"state": "stopped", "reason": "stopped by the administrator"}
+        if job.after:  # what metad itself has ordered goes on
+            core.commit([{"t": "job", "uuid": image.uuid, "after": {}}], "sync stop")
+            return {"job": shown | over}
+        core.commit([{"t": "job", "uuid": image.uuid, **over}], "sync stop")
     return {"job": describe(core, core.cluster.jobs[image.uuid])}
 
 
 def rate(core: Core, fields: Header) -> Header:
     image = core.named(fields)
-    _job(core, image)
-    core.commit([{"t": "job", "uuid": image.uuid, "rate": _rate(fields)}], "sync rate")
+    job = _job(core, image)
+    limit = {"rate": _rate(fields)}
+    change: Change = {"t": "job", "uuid": image.uuid, **({"after": {**job.after, **limit}} if job.after else limit)}
+    core.commit([change], "sync rate")
     return {"job": describe(core, core.cluster.jobs[image.uuid])}
 
 
@@ -101,14 +138,39 @@ def end(core: Core, fields: Header) -> Header:
     state = messages.text(fields, "state", 20)
     if state not in ("done", "failed", "stopped"):
         raise RemoteProtocolError(f"field state: {state!r} is none of done, failed, stopped")
-    job = core.cluster.jobs.get(image.uuid)
-    figures = fields.get("progress")
-    if type(figures) is dict:
-        core.progress[image.uuid] = {str(k): v for k, v in figures.items()}
-    if job is not None and job.state == "running" and job.number == messages.integer(fields, "number"):
-        reason = messages.text(fields, "reason", 1000, default="")
-        core.commit([{"t": "job", "uuid": image.uuid, "state": state, "reason": reason}], "sync end")
+    job = _current(core, image, fields)
+    if job is None:
+        return {}
+    figures = _figures(fields)
+    change: Change = {"t": "job", "uuid": image.uuid, "state": state, "done": figures}
+    change["reason"] = messages.text(fields, "reason", 1000, default="")
+    core.progress[image.uuid] = figures
+    if job.after:
+        change = {"t": "job", **job.after}
+        core.progress.pop(image.uuid, None)
+    core.commit([change], f"{job.kind} end")
     return {}
+
+
+def note(core: Core, fields: Header) -> Header:
+    """Figures that the next coordinator of the order begins with."""
+    _, image = roles.owned(core, fields)
+    if _current(core, image, fields) is not None:
+        figures = _figures(fields) | {"at": messages.integer(fields, "at")}
+        core.commit([{"t": "job", "uuid": image.uuid, "done": figures}], "verify goes on")
+    return {}
+
+
+def _current(core: Core, image: Image, fields: Header) -> Job | None:
+    """The running order that a coordinator speaks of."""
+    job = core.cluster.jobs.get(image.uuid)
+    running = job is not None and job.state == "running" and job.number == messages.integer(fields, "number")
+    return job if running else None
+
+
+def _figures(fields: Header) -> dict[str, Any]:
+    value = fields.get("progress")
+    return {str(k): v for k, v in value.items()} if type(value) is dict else {}
 
 
 # --- who does it
@@ -163,9 +225,12 @@ def describe(core: Core, job: Job) -> dict[str, Any]:
     """A job as ukai-ctl sees it: the order, and the figures of its coordinator's last beat."""
     image = core.cluster.images.get(job.uuid)
     writer = image.writer if image is not None else ""
-    figures = core.progress.get(job.uuid, {})
+    figures = core.progress.get(job.uuid) or job.done
     state, reason = job.state, job.reason
-    if state == "running":
+    if job.after:
+        job = Job(**job.after)
+        figures, state = job.done, "waiting"
+    elif state == "running":
         session = core.sessions.get(writer)
         live = session.progress.get(job.uuid) if session is not None else None
         if not writer:
@@ -178,6 +243,7 @@ def describe(core: Core, job: Job) -> dict[str, Any]:
             state = "waiting" if reason or live.get("state") == "waiting" else "running"
     return {
         "image": image.name if image is not None else job.uuid,
+        "kind": job.kind,
         "number": job.number,
         "state": state,
         "reason": reason,

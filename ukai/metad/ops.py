@@ -46,6 +46,7 @@ OPS: dict[str, Op] = {
     "mark": Op(blocks.mark),
     "sync.begin": Op(blocks.sync_begin),
     "sync.finish": Op(blocks.sync_finish),
+    "job.note": Op(jobs.note),
     "job.end": Op(jobs.end),
     # blockd and frontend
     "snapshot": Op(_snapshot),
@@ -64,6 +65,7 @@ OPS: dict[str, Op] = {
     "hypervisor.remove": Op(placement.hypervisor_remove),
     "migrate": Op(placement.migrate),
     "sync.start": Op(jobs.start),
+    "verify.start": Op(jobs.verify),
     "sync.stop": Op(jobs.stop),
     "sync.rate": Op(jobs.rate),
     "sync.status": Op(jobs.status, True),

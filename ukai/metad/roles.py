@@ -213,13 +213,19 @@ def grant_commit(core: Core, fields: Header) -> Header:
 
 
 def _reconcile(core: Core, image: Image, astray: dict[str, replicas.Rows], number: int) -> list[Change]:
-    """The order to compare what may differ after the writer's end, where no other order is under way (R5)."""
+    """The order to compare what may differ after the writer's end, where no resync is under way (R5).
+
+    A verify waits until it is done.
+    """
     job = core.cluster.jobs.get(image.uuid)
-    if not astray or (job is not None and job.state == "running"):
+    running = job is not None and job.state == "running"
+    if not astray or (job is not None and running and job.kind == "sync"):
         return []
+    waiting = job.row() if job is not None and running else {}
     order: Change = {"t": "job", "uuid": image.uuid, "state": "running", "reason": RECONCILE, "number": number}
     ranges = [list(r) for r in image.active]
-    return [order | {"nodes": sorted(astray), "ranges": ranges, "started": core.ports.wall(), "rate": -1}]
+    order |= {"kind": "sync", "rate": -1, "done": {}, "after": waiting}
+    return [order | {"nodes": sorted(astray), "ranges": ranges, "started": core.ports.wall()}]
 
 
 def _settle(core: Core, uuid: str) -> None:

@@ -205,7 +205,7 @@ def picture(session: Session, image: Map) -> None:
             ("writer", image["writer"] or "nobody"),
             ("epoch", str(image["epoch"])),
             ("active blocks", show((a, b) for a, b in image["active"]) or "none"),
-            ("sync", job_line(image["job"]) if image["job"] else "no order"),
+            ("order", job_line(image["job"]) if image["job"] else "no order"),
             ("uuid", image["uuid"]),
         ]
     )
@@ -223,7 +223,7 @@ def picture(session: Session, image: Map) -> None:
 
 def job_line(job: Map) -> str:
     """One line about a resync order."""
-    parts = [job["state"]]
+    parts = [f"{job['kind']} {job['state']}"]
     if job["bytes_total"]:
         done = job["bytes_done"] or 0
         parts.append(f"{100 * done // job['bytes_total']} % of {render.size(job['bytes_total'])}")

@@ -56,7 +56,7 @@ def start(
         job = schema.job(client.call("sync.start", fields).get("job"))
         if wait:
             job = wait_for_job(session, client, job)
-    _show_job(session, job)
+    show_job(session, job)
     if wait and job["state"] != "done":
         session.out.remark(f"ukai-ctl: resync of {image} {job['state']}: {job['reason'] or 'no reason was given'}")
         raise click.exceptions.Exit(1)
@@ -67,7 +67,7 @@ def start(
 @pass_session
 def stop(session: Session, image: str) -> None:
     """Stop a resync.  `sync start` takes it up where it was."""
-    _show_job(session, schema.job(session.ask("sync.stop", {"name": image}).get("job")))
+    show_job(session, schema.job(session.ask("sync.stop", {"name": image}).get("job")))
 
 
 @group.command(example="ukai-ctl sync rate image01 50M")
@@ -76,34 +76,34 @@ def stop(session: Session, image: str) -> None:
 @pass_session
 def rate(session: Session, image: str, rate: int) -> None:
     """Limit a resync that runs: bytes per second, `none`, or `default` for the nodes' setting."""
-    _show_job(session, schema.job(session.ask("sync.rate", {"name": image, "rate": rate}).get("job")))
+    show_job(session, schema.job(session.ask("sync.rate", {"name": image, "rate": rate}).get("job")))
 
 
 @group.command(example="ukai-ctl sync status\nukai-ctl sync status image01 --json")
 @click.argument("image", type=IMAGE, required=False)
 @pass_session
 def status(session: Session, image: str | None) -> None:
-    """Show how far resyncs are, and why one stands still."""
+    """Show how far resyncs and verifies are, and why one stands still."""
     jobs = schema.jobs(session.ask("sync.status", {"name": image or ""}).get("jobs"))
     if session.as_json:
         session.out.json({"jobs": jobs})
         return
     if not jobs:
-        session.out.line("no resync was ordered")
+        session.out.line("no resync or verify was ordered")
     for number, job in enumerate(jobs):
         if number:
             session.out.line()
-        _picture(session, job)
+        picture(session, job)
 
 
-def _show_job(session: Session, job: Map) -> None:
+def show_job(session: Session, job: Map) -> None:
     if session.as_json:
         session.out.json({"job": job})
     else:
-        _picture(session, job)
+        picture(session, job)
 
 
-def _picture(session: Session, job: Map) -> None:
+def picture(session: Session, job: Map) -> None:
     total, done = job["bytes_total"], job["bytes_done"]
     progress = "-"
     if total:
@@ -115,15 +115,20 @@ def _picture(session: Session, job: Map) -> None:
     known = total and limit is not None and limit >= 0
     limits = "" if not known else ", no limit" if limit == 0 else f", limit {render.rate(limit)}"
     reason = f": {job['reason']}" if job["reason"] else ""
+    verify = job["kind"] == "verify"
+    found = f"{render.size(job['bytes_equal'])}, holes {render.size(job['bytes_hole'])}"
     session.out.line(render.heading(f"{job['image']}"))
     session.out.pairs(
         [
+            ("order", job["kind"]),
             ("state", render.styled(job["state"], reason)),
-            ("targets", ", ".join(job["nodes"]) or "all locations"),
-            ("blocks", show((a, b) for a, b in job["ranges"]) or "all that are out-of-sync"),
+            ("compared" if verify else "targets", ", ".join(job["nodes"]) or "all locations"),
+            ("blocks", show((a, b) for a, b in job["ranges"]) or ("all" if verify else "all that are out-of-sync")),
             ("done", progress),
-            ("copied", render.size(job["bytes_copied"])),
-            ("skipped as equal", f"{render.size(job['bytes_equal'])}, holes {render.size(job['bytes_hole'])}"),
+            ("differed", render.plural(job["blocks_differed"] or 0, "block"))
+            if verify
+            else ("copied", render.size(job["bytes_copied"])),
+            ("equal" if verify else "skipped as equal", found),
             ("rate", render.rate(job["rate"]) + limits),
             ("time left", render.duration(job["eta"] if job["state"] == "running" else None)),
             ("started", f"{render.moment(job['started'])} on {job['coordinator'] or 'no node yet'}"),
