@@ -82,7 +82,7 @@ class Store:
             return
         parents = {self.root, os.path.dirname(self.root)}
         path = self.root
-        while not self.disk.exists(path):
+        while path != "/" and not self.disk.exists(path):
             path = os.path.dirname(path)
             parents.add(path)
         self.disk.make_directories(private)
