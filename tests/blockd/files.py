@@ -30,6 +30,12 @@ def block_path(store: Store, block: int, name: str = "image01") -> Path:
     return Path(store.root) / name / (FORMAT % block)
 
 
+def write(image: ImageStore, block: int, offset: int, data: bytes, generation: int) -> None:
+    """A write as a coordinator has it done: the block is stamped first."""
+    image.ready(block, generation, image.generations[block])
+    image.write(block, offset, data, generation)
+
+
 def flush(image: ImageStore, blocks: list[int]) -> dict[int, str]:
     """What ``Replica.flush`` does, without a thread: block → reason for those that failed."""
     image.take_unflushed()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.blockd.faults import FAULTS, FaultyDisk
-from tests.blockd.files import FORMAT, STORE_ID, UUID, descriptors, flush, open_store, pattern
+from tests.blockd.files import FORMAT, STORE_ID, UUID, descriptors, flush, open_store, pattern, write
 from ukai.blockd.image_store import ImageStore
 from ukai.blockd.store import Store
 from ukai.errors import Damaged, StaleEpoch, UkaiError
@@ -72,8 +72,9 @@ class Story:
         def do() -> None:
             try:
                 if any(data):
-                    image.write(block, offset, data, self.generation)
+                    write(image, block, offset, data, self.generation)
                 else:
+                    image.ready(block, self.generation, image.generations[block])
                     image.punch(block, offset, len(data), self.generation)
             except UkaiError as e:
                 if e.details.get("touched", False):
@@ -124,6 +125,7 @@ class Story:
         image = self.image
         assert self.trial(lambda: image.renew(block))
         image.write(block, 0, bytes(self.blocks[block]), self.generation)
+        image.set_generation(block, self.generation)
 
     def tell(self) -> None:
         """The inventory names every written block; only a fault makes one bad."""
@@ -193,7 +195,7 @@ def test_right_data_or_an_error_of_ours_whichever_operation_fails(tmp_path: Path
             for block in range(3):
                 image.check(block, 9)
                 one.expect(block, image.read(block, 0, len(one.blocks[block])))
-                image.write(block, 0, b"after", 10)
+                write(image, block, 0, b"after", 10)
             assert flush(image, [0, 1, 2]) == {}
         finally:
             store.close()
@@ -242,7 +244,7 @@ def test_a_failed_create_leaves_no_trace_and_a_failed_drop_can_be_finished(tmp_p
                 store.prepare(UUID, "image01", SIZE, BLOCK, "create")
             for block in range(3):
                 with contextlib.suppress(UkaiError):
-                    store.image(UUID).write(block, 0, b"x", 1)
+                    write(store.image(UUID), block, 0, b"x", 1)
             fired = disk.fired
             if failure(lambda: store.drop(UUID, "image01")):
                 assert disk.fired != fired

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.blockd.conftest import OpenStore
-from tests.blockd.files import UUID, block_path, descriptors, new_image, pattern
+from tests.blockd.files import UUID, block_path, descriptors, new_image, pattern, write
 from ukai.blockd.files import HASH_BYTES, HOLE
 from ukai.blockd.image_store import ImageStore
 from ukai.blockd.replica import SESSION_LIMIT, Answer, Replica
@@ -28,8 +28,8 @@ from ukai.messages import Header, pack, unpack
 
 A, B = "192.0.2.1", "192.0.2.2"
 TOKEN = 5000
-NUMBERED = ("w", "z", "g", "f", "d")
-SESSION = ("fence", "k", "r", "h", "usage")
+NUMBERED = ("w", "z", "g", "f", "d", "k")
+SESSION = ("fence", "r", "h", "usage")
 PLAIN = ("hello", "ping")
 
 
@@ -72,6 +72,10 @@ class Sender:
         return ask(self.replica, header, payload)
 
     def write(self, data: bytes, *, block: int = 0, epoch: int = 1, generation: int = 7, **fields: object) -> None:
+        """A write to a block that was stamped before."""
+        image = self.replica.store.image(UUID)
+        if image.generations[block] < generation:
+            image.ready(block, generation, image.generations[block])
         self.send("w", data, e=epoch, b=block, o=0, g=generation, **fields)
 
 
@@ -120,8 +124,8 @@ def test_a_gap_a_repetition_and_no_number_end_the_session(
                 sender.write(b"!", n=number)
             with pytest.raises(StaleSession):
                 sender.write(b"!", n=at)
-    assert not taken or image.read(0, 0, 1) == bytes([64 + taken])
-    assert bool(image.generations[0]) == bool(taken)
+    # the block was stamped beforehand, so that it reads as zeros where no write was taken
+    assert image.read(0, 0, 1) == (bytes([64 + taken]) if taken else b"\0")
 
 
 @pytest.mark.parametrize("token", [None, "x", True, -1, TOKEN - 1, TOKEN + 1, 2**63])
@@ -205,12 +209,12 @@ def test_a_process_that_is_not_registered_does_nothing(image: ImageStore) -> Non
 # --- epochs (R1)
 
 
-@pytest.mark.parametrize("op", [*NUMBERED, "fence", "k"])
+@pytest.mark.parametrize("op", [*NUMBERED, "fence"])
 def test_an_epoch_that_is_over_is_refused_before_a_file_is_touched(sender: Sender, image: ImageStore, op: str) -> None:
     sender.write(b"x", epoch=8)
     meta = (Path(image.directory) / ".ukai.json").read_bytes()
     with pytest.raises(StaleEpoch) as caught:
-        sender.send(op, b"y", e=7, b=0, o=0, l=1, g=9, ranges=[[0, 4]])
+        sender.send(op, b"y", e=7, b=0, o=0, l=1, g=9, least=0, ranges=[[0, 4]])
     assert caught.value.details == {"epoch": 8}
     assert image.read(0, 0, 1) == b"x"
     assert list(image.generations) == [7, 0, 0, 0, 0]
@@ -218,14 +222,14 @@ def test_an_epoch_that_is_over_is_refused_before_a_file_is_touched(sender: Sende
     assert not block_path(image.store, 1).exists()
 
 
-@pytest.mark.parametrize("op", [*NUMBERED, "fence", "k"])
+@pytest.mark.parametrize("op", [*NUMBERED, "fence"])
 def test_a_higher_epoch_is_persisted_and_told(reopen: OpenStore, op: str) -> None:
     replica = new_replica(new_image(reopen()).store)
     heard: list[tuple[str, int]] = []
     replica.on_epoch = lambda uuid, epoch: heard.append((uuid, epoch))
     sender = Sender(replica)
     sender.write(b"x", epoch=3)
-    sender.send(op, b"y", e=4, b=0, o=0, l=1, g=7, ranges=[[0, 0]])
+    sender.send(op, b"y", e=4, b=0, o=0, l=1, g=7, least=0, ranges=[[0, 0]])
     assert heard == [(UUID, 3), (UUID, 4)]
     assert reopen().image(UUID).epoch == 4
 
@@ -250,6 +254,7 @@ def test_a_ping_with_a_token_of_another_session_is_refused(sender: Sender) -> No
 
 def test_what_is_sent_is_there(sender: Sender, image: ImageStore) -> None:
     data = pattern(8192, 4)
+    sender.send("g", e=1, g=7, least=0, ranges=[[2, 2]])
     sender.send("w", data, e=1, b=2, o=0, g=7)
     sender.send("z", e=1, b=2, o=100, l=50, g=7)
     wanted = data[:100] + bytes(50) + data[150:]
@@ -277,11 +282,11 @@ def test_a_read_names_the_generation_it_wants(sender: Sender) -> None:
 
 
 def test_stamped_blocks_have_files_and_the_generation(sender: Sender, image: ImageStore) -> None:
-    sender.send("g", e=1, g=9, ranges=[[0, 1], [1, 2]])
+    sender.send("g", e=1, g=9, least=0, ranges=[[0, 1], [1, 2]])
     assert list(image.generations) == [9, 9, 9, 0, 0]
     assert sender.send("r", b=1, o=0, l=4, g=9)[1] == bytes(4)
     with pytest.raises(StaleEpoch):
-        sender.send("g", e=1, g=8, ranges=[[0, 0]])
+        sender.send("g", e=1, g=8, least=0, ranges=[[0, 0]])
 
 
 def test_a_resync_makes_ready_writes_and_completes(sender: Sender, image: ImageStore) -> None:
@@ -295,10 +300,35 @@ def test_a_resync_makes_ready_writes_and_completes(sender: Sender, image: ImageS
     assert image.unflushed == set()
 
 
-def test_a_late_repetition_of_making_ready_alters_no_good_block(sender: Sender) -> None:
-    sender.write(b"good", generation=9)
+def test_a_late_repetition_of_making_ready_alters_no_good_block(sender: Sender, image: ImageStore) -> None:
     sender.send("k", e=1, ranges=[[0, 0]])
-    assert sender.send("r", b=0, o=0, l=4, g=9)[1] == b"good"
+    sender.send("w", b"good", e=1, b=0, o=0, g=9)
+    sender.send("d", e=1, b=0, g=9)
+    with pytest.raises(StaleSession):
+        sender.send("k", e=1, ranges=[[0, 0]], n=0)
+    assert image.read(0, 0, 4) == b"good"
+    assert image.generations[0] == 9
+
+
+def test_a_block_that_stays_empty_forgets_what_lay_there(sender: Sender, image: ImageStore) -> None:
+    sender.write(b"of another time")
+    sender.send("k", e=1, ranges=[[0, 1]], empty=True)
+    assert list(image.generations[:2]) == [0, 0]
+    assert not block_path(image.store, 1).exists()
+    sender.send("g", e=1, g=9, least=0, ranges=[[0, 0]])
+    assert sender.send("r", b=0, o=0, l=5, g=9)[1] == bytes(5)
+
+
+def test_an_older_copy_is_neither_stamped_nor_written_nor_hashed(sender: Sender, image: ImageStore) -> None:
+    sender.write(b"old", generation=5)
+    for op, fields in (
+        ("g", {"g": 9, "least": 7, "ranges": [[0, 0]]}),
+        ("w", {"b": 0, "o": 0, "g": 9}),
+        ("h", {"b": 0, "o": 0, "l": 512, "c": 512, "least": 7}),
+    ):
+        with pytest.raises(Damaged, match="generation 5 is below"):
+            sender.send(op, b"x", e=1, **fields)
+    assert image.generations[0] == 5
 
 
 def test_a_flush_that_fails_names_the_blocks(sender: Sender, image: ImageStore) -> None:
@@ -312,7 +342,7 @@ def test_a_flush_that_fails_names_the_blocks(sender: Sender, image: ImageStore) 
 
 
 def test_a_flush_beside_one_that_failed_is_no_success(image: ImageStore) -> None:
-    image.write(0, 0, b"x", 7)
+    write(image, 0, 0, b"x", 7)
     replica = new_replica(image.store)
 
     async def run_disk(function: Callable[..., Any], *args: Any) -> Any:
@@ -325,7 +355,7 @@ def test_a_flush_beside_one_that_failed_is_no_success(image: ImageStore) -> None
 
 
 def test_what_a_flush_finds_out_is_kept_when_nobody_waits_any_more(image: ImageStore) -> None:
-    image.write(0, 0, b"x", 7)
+    write(image, 0, 0, b"x", 7)
     replica = new_replica(image.store)
     before = descriptors()
 
@@ -369,15 +399,15 @@ FIELDS: dict[str, Header] = {
     "fence": {"i": UUID, "e": 5},
     "w": {"i": UUID, "e": 5, "b": 1, "o": 3, "g": 9},
     "z": {"i": UUID, "e": 5, "b": 1, "o": 3, "l": 4, "g": 9},
-    "g": {"i": UUID, "e": 5, "g": 9, "ranges": [[1, 1]]},
+    "g": {"i": UUID, "e": 5, "g": 9, "least": 0, "ranges": [[1, 1]]},
     "f": {"i": UUID, "e": 5, "ranges": [[0, 0]]},
     "d": {"i": UUID, "e": 5, "b": 0, "g": 9},
-    "k": {"i": UUID, "e": 5, "ranges": [[1, 1]]},
+    "k": {"i": UUID, "e": 5, "ranges": [[1, 1]], "empty": False},
     "r": {"i": UUID, "b": 0, "o": 0, "l": 1, "g": 7},
-    "h": {"i": UUID, "b": 0, "o": 0, "l": 512, "c": 512},
+    "h": {"i": UUID, "b": 0, "o": 0, "l": 512, "c": 512, "least": 7},
     "usage": {"i": UUID, "ranges": [[0, 4]]},
 }
-OPTIONAL = {("ping", "roles"), *((op, "ranges") for op in ("g", "f", "k", "usage"))}
+OPTIONAL = {("ping", "roles"), ("k", "empty"), ("h", "least"), *((op, "ranges") for op in ("g", "f", "k", "usage"))}
 TEXTS = {"i", "node", "inc"}
 DEEP: list[Any] = []
 for _ in range(900):
@@ -402,6 +432,7 @@ WRONG: dict[str, list[object]] = {
         [[0, 2**62]],
     ],
     "roles": [None, 5, "x", [], DEEP],
+    "empty": [None, 5, "x", [], DEEP],
 }
 BOUNDS: list[tuple[str, str, object]] = [
     ("w", "b", 5),
@@ -457,6 +488,8 @@ def test_every_op_takes_its_fields_as_they_should_be(reopen: OpenStore) -> None:
         sender = Sender(new_replica(store))
         sender.write(b"here", epoch=image.epoch, generation=max(7, image.generations[0]))
         image.set_generation(0, 7)
+        image.set_generation(1, 9 if op in ("w", "z") else 0)
+        block_path(store, 1).write_bytes(bytes(8192))
         sender.send(op, b"x" if op == "w" else None, **fields)
 
 

@@ -25,6 +25,7 @@ from tests.blockd.files import (
     new_image,
     open_store,
     pattern,
+    write,
 )
 from tests.durability.cut import power_cut
 from tests.durability.journal import JournaledDisk
@@ -47,8 +48,8 @@ def test_every_block_is_written_and_read_up_to_its_last_byte(store: Store, size:
     for block in range(image.block_count):
         length = image.block_bytes(block)
         head, tail = pattern(min(700, length), block), pattern(1, block + 9)
-        image.write(block, 0, head, 7)
-        image.write(block, length - 1, tail, 7)
+        write(image, block, 0, head, 7)
+        write(image, block, length - 1, tail, 7)
         assert image.read(block, 0, len(head))[:-1] == head[:-1]
         assert image.read(block, length - 1, 1) == tail
         assert block_path(store, block).stat().st_size == length
@@ -61,14 +62,14 @@ def test_a_new_image_takes_no_space_and_has_no_block_files(store: Store, root: P
 
 
 def test_a_block_that_was_written_in_one_place_reads_as_zeros_elsewhere(image: ImageStore) -> None:
-    image.write(1, 4000, b"x" * 200, 3)
+    write(image, 1, 4000, b"x" * 200, 3)
     assert image.read(1, 0, 8192) == bytes(4000) + b"x" * 200 + bytes(3992)
 
 
 def test_data_and_generations_are_there_after_a_restart(reopen: OpenStore) -> None:
     image = new_image(reopen())
-    image.write(0, 0, b"a" * 8192, 5)
-    image.write(4, 100, b"b" * 10, 9)
+    write(image, 0, 0, b"a" * 8192, 5)
+    write(image, 4, 100, b"b" * 10, 9)
     again = reopen().image(UUID)
     assert again.read(0, 0, 8192) == b"a" * 8192
     assert again.read(4, 98, 14) == bytes(2) + b"b" * 10 + bytes(2)
@@ -77,7 +78,7 @@ def test_data_and_generations_are_there_after_a_restart(reopen: OpenStore) -> No
 
 def test_punch_reads_as_zeros_and_frees_the_space(store: Store) -> None:
     image = new_image(store, 4 * 2**20, 2**20)
-    image.write(2, 0, pattern(2**20, 1), 4)
+    write(image, 2, 0, pattern(2**20, 1), 4)
     assert image.allocated([(2, 2)]) == 2**20
     image.punch(2, 0, 2**20, 4)
     assert image.allocated([(2, 2)]) == 0
@@ -88,7 +89,7 @@ def test_punch_reads_as_zeros_and_frees_the_space(store: Store) -> None:
 
 def test_punch_of_an_odd_part_leaves_its_neighbours(image: ImageStore) -> None:
     data = pattern(8192, 3)
-    image.write(1, 0, data, 4)
+    write(image, 1, 0, data, 4)
     image.punch(1, 1000, 5001, 4)
     assert image.read(1, 0, 8192) == data[:1000] + bytes(5001) + data[6001:]
 
@@ -99,7 +100,7 @@ def test_punch_writes_zeros_where_the_filesystem_has_no_holes(reopen: OpenStore)
             raise OSError(errno.EOPNOTSUPP, "no holes")
 
     image = new_image(reopen(Solid()))
-    image.write(1, 0, b"z" * 8192, 4)
+    write(image, 1, 0, b"z" * 8192, 4)
     image.punch(1, 10, 20, 4)
     assert image.read(1, 0, 8192) == b"z" * 10 + bytes(20) + b"z" * 8162
 
@@ -123,9 +124,10 @@ def test_any_writes_and_punches_leave_what_a_bytearray_would_hold(
                 continue
             new = bytes(length) if punched else pattern(length, n)
             if punched:
+                image.ready(block, 1, 0)
                 image.punch(block, offset, length, 1)
             else:
-                image.write(block, offset, new, 1)
+                write(image, block, offset, new, 1)
             model[block][offset : offset + length] = new
         for block, whole in model.items():
             if image.generations[block]:
@@ -137,10 +139,10 @@ def test_any_writes_and_punches_leave_what_a_bytearray_would_hold(
 
 
 def test_hashes_tell_equal_from_different_and_holes_from_data(image: ImageStore) -> None:
-    image.write(0, 4096, pattern(4096, 1), 2)
-    image.write(1, 4096, pattern(4096, 1), 2)
-    image.write(1, 8191, b"!", 2)
-    image.write(2, 0, bytes(8192), 2)
+    write(image, 0, 4096, pattern(4096, 1), 2)
+    write(image, 1, 4096, pattern(4096, 1), 2)
+    write(image, 1, 8191, b"!", 2)
+    write(image, 2, 0, bytes(8192), 2)
     first, second, third = (image.hash_beside(image.borrow(b), b, 0, 8192, 4096) for b in (0, 1, 2))
     assert first[:HASH_BYTES] == second[:HASH_BYTES] == HOLE
     assert first[HASH_BYTES:] != second[HASH_BYTES:]
@@ -152,9 +154,9 @@ def test_hashes_tell_equal_from_different_and_holes_from_data(image: ImageStore)
 
 
 def test_a_write_of_an_older_generation_is_refused(image: ImageStore) -> None:
-    image.write(0, 0, b"new", 9)
+    write(image, 0, 0, b"new", 9)
     with pytest.raises(StaleEpoch):
-        image.write(0, 0, b"old", 8)
+        write(image, 0, 0, b"old", 8)
     assert image.read(0, 0, 3) == b"new"
     image.check(0, 9)
     for other in (0, 8, 10):
@@ -201,7 +203,7 @@ def _dangling(path: Path) -> None:
 def test_a_harmed_block_file_is_bad_and_is_left_as_it_is(reopen: OpenStore, harm: Callable[[Path], None]) -> None:
     image = new_image(reopen())
     for block in range(3):
-        image.write(block, 0, pattern(8192, block), 5)
+        write(image, block, 0, pattern(8192, block), 5)
     path = block_path(image.store, 1)
     image.close()
     harm(path)
@@ -212,8 +214,8 @@ def test_a_harmed_block_file_is_bad_and_is_left_as_it_is(reopen: OpenStore, harm
     for attempt in (
         lambda: image.read(1, 0, 10),
         lambda: image.read_cached(1, 0, 10),
-        lambda: image.write(1, 0, b"x", 5),
-        lambda: image.write(1, 0, b"x", 6),
+        lambda: write(image, 1, 0, b"x", 5),
+        lambda: write(image, 1, 0, b"x", 6),
         lambda: image.punch(1, 0, 10, 5),
         lambda: image.borrow(1),
     ):
@@ -226,7 +228,7 @@ def test_a_harmed_block_file_is_bad_and_is_left_as_it_is(reopen: OpenStore, harm
 
 
 def test_a_file_cut_while_it_is_open_is_found_by_read_hash_and_flush(image: ImageStore) -> None:
-    image.write(1, 0, pattern(8192, 1), 5)
+    write(image, 1, 0, pattern(8192, 1), 5)
     os.truncate(block_path(image.store, 1), 4096)
     with pytest.raises(Damaged):
         image.read(1, 4000, 200)
@@ -237,7 +239,7 @@ def test_a_file_cut_while_it_is_open_is_found_by_read_hash_and_flush(image: Imag
 
 
 def test_a_file_removed_while_it_is_open_fails_the_flush(image: ImageStore) -> None:
-    image.write(1, 0, b"x", 5)
+    write(image, 1, 0, b"x", 5)
     block_path(image.store, 1).unlink()
     assert list(flush(image, [1])) == [1]
 
@@ -245,7 +247,7 @@ def test_a_file_removed_while_it_is_open_fails_the_flush(image: ImageStore) -> N
 def test_a_block_that_was_announced_and_never_written_has_nothing_to_flush(image: ImageStore) -> None:
     """Its writer died before it was stamped; the next one flushes all that was active."""
     assert flush(image, [0]) == {}
-    image.write(0, 0, b"data", 5)
+    write(image, 0, 0, b"data", 5)
     assert flush(image, [0]) == {}, "and is not taken for one whose flush failed"
 
 
@@ -262,7 +264,7 @@ def test_a_file_whose_last_block_has_the_full_size_is_good(store: Store, root: P
 def test_a_short_generation_file_says_never_written(reopen: OpenStore, root: Path) -> None:
     image = new_image(reopen())
     for block in range(5):
-        image.write(block, 0, b"x", 4)
+        write(image, block, 0, b"x", 4)
     image.close()
     os.truncate(root / "image01" / GENERATIONS, 20)
     assert list(reopen().image(UUID).generations) == [4, 4, 0, 0, 0]
@@ -317,7 +319,7 @@ def test_an_image_copied_twice_counts_once(reopen: OpenStore, root: Path) -> Non
 def test_the_inventory_tells_generations_as_ranges_and_what_is_bad(image: ImageStore) -> None:
     for block, generation in enumerate((4, 4, 0, 4, 6)):
         if generation:
-            image.write(block, 0, b"x", generation)
+            write(image, block, 0, b"x", generation)
     block_path(image.store, 0).unlink()
     block_path(image.store, 1).unlink()
     os.truncate(block_path(image.store, 4), 1)
@@ -337,8 +339,8 @@ def test_blocks_whose_files_cannot_be_looked_at_are_bad_not_an_end_of_the_regist
             return super().stat(path)
 
     image = new_image(reopen())
-    image.write(0, 0, b"x", 4)
-    image.write(1, 0, b"x", 4)
+    write(image, 0, 0, b"x", 4)
+    write(image, 1, 0, b"x", 4)
     assert [b[:2] for b in reopen(Blind()).image(UUID).inventory()["bad"]] == [[1, 1]]
 
     class Blinder(Disk):
@@ -354,10 +356,10 @@ def test_blocks_whose_files_cannot_be_looked_at_are_bad_not_an_end_of_the_regist
 
 
 def test_flush_covers_blocks_and_generations_and_forgets_nothing_written_meanwhile(image: ImageStore) -> None:
-    image.write(0, 0, b"x", 2)
+    write(image, 0, 0, b"x", 2)
     assert image.unflushed == {0}
     blocks = image.take_unflushed()
-    image.write(1, 0, b"y", 2)
+    write(image, 1, 0, b"y", 2)
     assert image.flush_beside(image.flush_begin(blocks)) == {}
     assert image.unflushed == {1}
 
@@ -377,18 +379,18 @@ class FailingSync(Disk):
 def test_a_block_whose_flush_failed_keeps_failing_until_it_is_made_anew(reopen: OpenStore) -> None:
     disk = FailingSync(FORMAT % 1)
     image = new_image(reopen(disk))
-    image.write(0, 0, b"x", 2)
-    image.write(1, 0, b"x", 2)
+    write(image, 0, 0, b"x", 2)
+    write(image, 1, 0, b"x", 2)
     disk.broken = True
     assert list(flush(image, [0, 1])) == [1]
     disk.broken = False
     assert list(flush(image, [1])) == [1], "a failed fsync that succeeds later is a lie"
-    image.write(1, 0, b"y", 2)
+    write(image, 1, 0, b"y", 2)
     assert list(flush(image, [0, 1])) == [1]
     with block_path(image.store, 1).open("rb") as before:
         image.renew(1)
         assert os.fstat(before.fileno()).st_nlink == 0, "the file is a new one"
-    image.write(1, 0, b"z", 2)
+    write(image, 1, 0, b"z", 2)
     assert flush(image, [1]) == {}
     assert image.read(1, 0, 2) == b"z\0"
 
@@ -396,11 +398,11 @@ def test_a_block_whose_flush_failed_keeps_failing_until_it_is_made_anew(reopen: 
 def test_generations_that_could_not_be_flushed_are_written_anew(reopen: OpenStore, root: Path) -> None:
     disk = FailingSync(GENERATIONS)
     image = new_image(reopen(disk))
-    image.write(0, 0, b"x", 2)
+    write(image, 0, 0, b"x", 2)
     disk.broken = True
     assert list(flush(image, [0])) == [0], "without its generation a block is not on disk"
     disk.broken = False
-    image.write(3, 0, b"x", 6)
+    write(image, 3, 0, b"x", 6)
     with (root / "image01" / GENERATIONS).open("rb") as before:
         assert flush(image, [0, 3]) == {}
         assert os.fstat(before.fileno()).st_nlink == 0, "the file is a new one"
@@ -418,12 +420,51 @@ def test_no_descriptor_left_is_an_error_and_no_lie_later(reopen: OpenStore) -> N
 
     disk = Poor()
     image = new_image(reopen(disk))
-    image.write(0, 0, b"x", 2)
+    write(image, 0, 0, b"x", 2)
     disk.poor = True
     assert list(flush(image, [0])) == [0]
     with pytest.raises(DiskError):
         image.borrow(0)
     disk.poor = False
+
+
+# --- older copies (R8)
+
+
+def test_a_stamp_raises_only_what_is_no_older_copy(image: ImageStore) -> None:
+    image.ready(0, 5, 0)
+    image.write(0, 0, b"data", 5)
+    with pytest.raises(Damaged, match="block 0 of image image01: generation 5 is below 7: an older copy"):
+        image.ready(0, 9, 7)
+    assert image.generations[0] == 5
+    for generation, least in ((7, 5), (9, 5), (9, 9)):  # announced twice, and asked twice
+        image.ready(0, generation, least)
+    assert image.read(0, 0, 4) == b"data"
+
+
+def test_a_write_needs_a_stamp(image: ImageStore) -> None:
+    image.ready(0, 5, 0)
+    for block in (0, 1):
+        with pytest.raises(Damaged, match="is below 7"):
+            image.write(block, 0, b"x", 7)
+        with pytest.raises(Damaged, match="is below 7"):
+            image.punch(block, 0, 1, 7)
+    assert list(image.generations) == [5, 0, 0, 0, 0]
+    assert not block_path(image.store, 1).exists()
+
+
+def test_a_lost_generation_makes_no_block_anew(image: ImageStore) -> None:
+    write(image, 1, 0, b"data", 5)
+    image.set_generation(1, 0)
+    with pytest.raises(Damaged, match="generation 0 is below 5"):
+        image.ready(1, 7, 5)
+    assert block_path(image.store, 1).read_bytes()[:4] == b"data"
+
+
+def test_what_lies_under_a_block_never_written_is_no_data(image: ImageStore) -> None:
+    block_path(image.store, 1).write_bytes(b"x" * 8192)
+    image.ready(1, 5, 0)
+    assert image.read(1, 0, 8192) == bytes(8192)
 
 
 # --- resync (R11)
@@ -434,29 +475,34 @@ def test_renew_makes_a_block_writable_whatever_its_file_is_like(
     image: ImageStore, harm: Callable[[Path], None] | None
 ) -> None:
     data = pattern(8192, 1)
-    image.write(1, 0, data, 5)
+    write(image, 1, 0, data, 5)
     if harm is not None:
         harm(block_path(image.store, 1))
     image.renew(1)
     assert block_path(image.store, 1).stat().st_size == 8192
     image.write(1, 0, b"new", 7)
+    assert image.generations[1] == 0, "it is of no generation until it is whole"
     assert image.read(1, 0, 3) == b"new"
     assert flush(image, [1]) == {}
     if harm is None:
         assert image.read(1, 3, 8189) == data[3:]
 
 
-def test_a_renewed_block_that_lost_data_is_of_no_generation(image: ImageStore) -> None:
+def test_a_renewed_block_is_of_no_generation_until_it_is_whole(image: ImageStore) -> None:
     for block, harm in ((0, _remove), (1, _truncate), (2, None)):
-        image.write(block, 0, pattern(8192, 1), 5)
+        write(image, block, 0, pattern(8192, 1), 5)
         if harm is not None:
             harm(block_path(image.store, block))
         image.renew(block)
-    assert list(image.generations[:3]) == [0, 0, 5], "a late renew must not make zeros pass for data"
+        image.write(block, 0, b"half", 7)
+    assert list(image.generations[:3]) == [0, 0, 0], "what is half copied must not pass for data"
+    image.set_generation(1, 7)
+    image.write(1, 0, b"next", 9)
+    assert list(image.generations[:3]) == [0, 9, 0]
 
 
 def test_renew_of_a_file_exchanged_under_us_uses_the_new_one(image: ImageStore) -> None:
-    image.write(1, 0, b"old", 5)
+    write(image, 1, 0, b"old", 5)
     path = block_path(image.store, 1)
     path.rename(path.with_name("kept-by-admin"))
     path.write_bytes(bytes(8192))
@@ -544,7 +590,7 @@ def test_what_a_crash_in_prepare_leaves_is_no_data(store: Store, root: Path) -> 
     (root / "image01" / GENERATIONS).write_bytes(b"\x09" * 40)
     image = new_image(store)
     assert set(image.generations) == {0}
-    image.write(0, 0, b"x", 1)
+    write(image, 0, 0, b"x", 1)
 
 
 @pytest.mark.parametrize(
@@ -588,7 +634,7 @@ def test_an_image_known_with_other_sizes_is_refused(store: Store) -> None:
 def test_drop_deletes_the_image_and_leaves_foreign_files(store: Store, root: Path) -> None:
     image = new_image(store)
     for block in range(5):
-        image.write(block, 0, b"x", 2)
+        write(image, block, 0, b"x", 2)
     (root / "image01" / "notes.txt").write_bytes(b"mine")
     store.drop(UUID, "image01")
     assert os.listdir(root / "image01") == ["notes.txt"]
@@ -598,14 +644,14 @@ def test_drop_deletes_the_image_and_leaves_foreign_files(store: Store, root: Pat
 
 
 def test_drop_of_an_image_of_our_own_leaves_nothing(store: Store, root: Path) -> None:
-    new_image(store).write(0, 0, b"x", 2)
+    write(new_image(store), 0, 0, b"x", 2)
     store.drop(UUID, "image01")
     assert os.listdir(root) == [".ukai"]
 
 
 def test_drop_of_another_uuid_under_the_same_name_touches_nothing(store: Store) -> None:
     image = new_image(store)
-    image.write(0, 0, b"x", 2)
+    write(image, 0, 0, b"x", 2)
     with pytest.raises(NotFound):
         store.drop(OTHER_UUID, "image01")
     assert image.read(0, 0, 1) == b"x"
@@ -614,7 +660,7 @@ def test_drop_of_another_uuid_under_the_same_name_touches_nothing(store: Store) 
 def test_drop_of_blocks_forgets_exactly_those(reopen: OpenStore) -> None:
     image = new_image(reopen())
     for block in range(5):
-        image.write(block, 0, b"x", 2)
+        write(image, block, 0, b"x", 2)
     image.drop([(1, 2), (4, 4000)])
     assert [block_path(image.store, b).exists() for b in range(5)] == [True, False, False, True, False]
     assert image.unflushed == {0, 3}
@@ -628,7 +674,7 @@ def test_the_file_unused_for_longest_is_closed_and_those_not_flushed_stay(reopen
     store = reopen(limit=2)
     image = new_image(store)
     for block in range(5):
-        image.write(block, 0, b"x", 2)
+        write(image, block, 0, b"x", 2)
     assert [b for _, b in store.files] == [0, 1, 2, 3, 4], "an error of the disk must find the descriptor open"
     assert flush(image, [0, 1, 2, 3, 4]) == {}
     image.read(0, 0, 1)
@@ -642,7 +688,7 @@ def test_the_file_unused_for_longest_is_closed_and_those_not_flushed_stay(reopen
 
 
 def test_a_borrowed_descriptor_outlives_the_one_it_came_from(image: ImageStore) -> None:
-    image.write(0, 0, b"x", 2)
+    write(image, 0, 0, b"x", 2)
     fd = image.borrow(0)
     image.store.forget_files(UUID)
     assert image.read_beside(fd, 0, 0, 1) == b"x"
@@ -718,20 +764,20 @@ def test_no_space_is_told_apart(reopen: OpenStore) -> None:
 
     disk = Full()
     image = new_image(reopen(disk))
-    image.write(0, 0, b"x", 2)
+    write(image, 0, 0, b"x", 2)
     for number in (errno.ENOSPC, errno.EDQUOT):
         disk.full = number
         with pytest.raises(NoSpace) as caught:
-            image.write(0, 0, b"y", 2)
+            write(image, 0, 0, b"y", 2)
         assert caught.value.details == {"touched": False}
     disk.full = errno.EIO
     with pytest.raises(DiskError) as failed:
-        image.write(0, 0, b"y", 2)
+        write(image, 0, 0, b"y", 2)
     assert failed.value.details == {"touched": True}
     assert 0 in image.unflushed
     disk.full = 0
     assert image.read(0, 0, 1) == b"x"
-    image.write(0, 0, b"z", 2)
+    write(image, 0, 0, b"z", 2)
 
 
 def test_a_new_store_is_there_after_a_power_cut(tmp_path: Path) -> None:

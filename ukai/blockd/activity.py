@@ -13,7 +13,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from ukai import faults
-from ukai.errors import NotFound, StaleEpoch, Timeout, UkaiError
+from ukai.errors import DiskError, NotFound, StaleEpoch, Timeout, UkaiError
 from ukai.model import IN_SYNC
 from ukai.ranges import RangeSet, join
 
@@ -64,24 +64,24 @@ class Activity:
     async def _work(self) -> None:
         while self._wanted:
             batch = dict(list(self._wanted.items())[: max(1, self._limit // 2)])
-            error: UkaiError | None = None
             try:
                 async with self._lock:
-                    await self._warm_up([b for b in batch if b not in self.warm])
+                    errors = await self._warm_up([b for b in batch if b not in self.warm])
             except UkaiError as e:
-                error = e
+                errors = dict.fromkeys(batch, e)
             for block, future in batch.items():
                 del self._wanted[block]
                 if future.done():
                     continue
-                if error is None:
+                if (error := errors.get(block)) is None:
                     future.set_result(None)
                 else:
                     future.set_exception(error)
                     future.exception()  # the request may have run out of time
         self._task = None
 
-    async def _warm_up(self, blocks: list[int]) -> None:
+    async def _warm_up(self, blocks: list[int]) -> dict[int, UkaiError]:
+        """Announce and stamp; the blocks that could not be stamped.  Raises UkaiError when none could be."""
         cold = [b for b in blocks if b not in self.active or b in self._doubtful]
         if cold:
             new = sum(1 for b in cold if b not in self.active)
@@ -91,53 +91,72 @@ class Activity:
             await faults.pause("activate.ask")
             await self._c.ask_metad("activate", {"ranges": [list(r) for r in join(cold)]})
             if epoch != self._c.epoch:
-                return
+                return {}
             now = self._c.now()
             for block in cold:
                 self.active[block] = now
             self._doubtful.difference_update(cold)
         await faults.pause("activate.announced")
-        await self._stamp(blocks)
+        epoch = self._c.epoch
+        refused = await self._stamp(blocks)
         await faults.pause("activate.stamped")
-        self.warm.update(blocks)
+        if self._c.holds(epoch):
+            self.warm.update(b for b in blocks if b not in refused)
+        return refused
 
-    async def _stamp(self, blocks: list[int]) -> None:
-        """Have every target of some active blocks store their generation (R5, R8).  Raises UkaiError."""
+    async def _stamp(self, blocks: list[int]) -> dict[int, UkaiError]:
+        """Have every target of some active blocks store their generation (R5, R8); the blocks that no one stored.
+
+        A replica that is older than it was before the block became active refuses.  Raises UkaiError.
+        """
         c = self._c
-        by: dict[tuple[str, int], list[int]] = {}
+        by: dict[tuple[str, int, int], list[int]] = {}
         for block in blocks:
             for node, replica in c.image.replicas(block).items():
                 if replica.status == IN_SYNC:
-                    by.setdefault((node, replica.generation), []).append(block)
+                    key = (node, replica.generation, c.image.required(node, block))
+                    by.setdefault(key, []).append(block)
         keys = list(by)
-        done = await asyncio.gather(*(self._stamp_one(n, g, by[(n, g)]) for n, g in keys))
+        done = await asyncio.gather(*(self._stamp_on(*key, by[key]) for key in keys))
         failed: dict[int, dict[str, UkaiError]] = {}
-        for (node, generation), error in zip(keys, done, strict=True):
-            if error is not None:
-                for block in by[(node, generation)]:
-                    failed.setdefault(block, {})[node] = error
+        for (node, _, _), errors in zip(keys, done, strict=True):
+            for block, error in errors.items():
+                failed.setdefault(block, {})[node] = error
         marks = []
-        for block, errors in failed.items():
+        nowhere: dict[int, UkaiError] = {}
+        for block, errors_of in failed.items():
             nodes = {n for n, r in c.image.replicas(block).items() if r.status == IN_SYNC}
-            if nodes <= set(errors):
-                raise next(iter(errors.values()))
-            marks += [(block, n, e.message) for n, e in errors.items()]
+            if nodes <= set(errors_of):
+                nowhere[block] = await c.nowhere(block, errors_of)
+            else:
+                marks += [(block, n, e.message) for n, e in errors_of.items()]
         if marks:
             await c.marker.mark(marks)
+        return nowhere
 
-    async def _stamp_one(self, node: str, generation: int, blocks: list[int]) -> UkaiError | None:
+    async def _stamp_on(self, node: str, generation: int, least: int, blocks: list[int]) -> dict[int, UkaiError]:
+        """Stamp some blocks on one node, one by one where they don't go together; block → error."""
+        error = await self._stamp_one(node, generation, least, blocks)
+        if error is None:
+            return {}
+        if not isinstance(error, DiskError) or len(blocks) == 1:
+            return dict.fromkeys(blocks, error)
+        found = {b: await self._stamp_one(node, generation, least, [b]) for b in blocks}
+        return {b: e for b, e in found.items() if e is not None}
+
+    async def _stamp_one(self, node: str, generation: int, least: int, blocks: list[int]) -> UkaiError | None:
         c = self._c
         try:
             if node == c.own:
                 image = c.core.store.image(c.uuid)
                 for block in blocks:
-                    image.ready(block, generation)
+                    image.ready(block, generation, least)
                     await asyncio.sleep(0)
                 return None
-            ranges = [[b, b] for b in blocks]
+            fields = {"i": c.uuid, "e": c.epoch, "g": generation, "least": least, "ranges": [[b, b] for b in blocks]}
             peer = c.core.peer(node)
             await peer.settled()
-            await peer.ask("g", {"i": c.uuid, "e": c.epoch, "g": generation, "ranges": ranges}, numbered=True)
+            await peer.ask("g", fields, numbered=True)
         except (StaleEpoch, NotFound) as e:
             if isinstance(e, StaleEpoch):
                 c.role.lose(e.message)
@@ -173,6 +192,12 @@ class Activity:
             async with self._lock:
                 await self._retire(sorted({*old, *aged}))
 
+    async def retire_all(self) -> list[int]:
+        """Retire what is active, of blocks without a write under way; what had to stay active.  Raises UkaiError."""
+        async with self._lock:
+            await self._retire(sorted(self.active))
+        return sorted(self.active)
+
     async def _ask_to_retire(self, blocks: list[int]) -> None:
         """Raises UkaiError; after a Timeout nobody knows whether it was done."""
         try:
@@ -188,8 +213,9 @@ class Activity:
         c = self._c
         unstamped = [b for b in blocks if b not in self.warm]
         if unstamped:
-            await self._stamp(unstamped)
-            self.warm.update(unstamped)
+            refused = await self._stamp(unstamped)
+            self.warm.update(b for b in unstamped if b not in refused)
+            blocks = [b for b in blocks if b not in refused]
         for block in blocks:
             c.hot.pop(block, None)
             self.warm.discard(block)  # from now on a write waits for the lock

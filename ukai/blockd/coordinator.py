@@ -17,7 +17,17 @@ from ukai.blockd.marks import Marker
 from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
 from ukai.blockd.writes import Hot, Op, Writes
-from ukai.errors import NoSpace, NotCoordinator, NotFound, StaleEpoch, StaleHandle, Timeout
+from ukai.errors import (
+    Damaged,
+    DiskError,
+    NoSpace,
+    NotCoordinator,
+    NotFound,
+    StaleEpoch,
+    StaleHandle,
+    Timeout,
+    UkaiError,
+)
 from ukai.messages import Header
 from ukai.model import Image
 
@@ -96,6 +106,22 @@ class Coordinator:
             else:
                 log.warning("image %s: blocks %s-%s at %s out-of-sync: %s", self.name(), first, last, node, reason)
         return reply
+
+    async def nowhere(self, block: int, errors: dict[str, UkaiError]) -> UkaiError:
+        """What to say where each in-sync replica of a block failed; a last one keeps its error as reason (R9)."""
+        error = next((e for e in errors.values() if e.retry), next(iter(errors.values())))
+        node = next(iter(errors))
+        replica = self.image.replica(node, block)
+        if len(errors) > 1 or not isinstance(error, DiskError) or replica is None:
+            return error
+        if replica.reason != error.message:
+            await self.marker.mark([(block, node, error.message)])
+        if not isinstance(error, Damaged):
+            return error
+        return Damaged(
+            f"{error.message}; node {node} has the last copy: bring the right file back and restart its blockd, "
+            "or see: ukai-ctl image accept --help"
+        )
 
     def _suspect(self, block: int) -> None:
         self.hot.pop(block, None)

@@ -304,7 +304,7 @@ class Core:
         """Return the role to metad, flushed."""
         epoch = c.epoch
         if await c.role.release(epoch, self.now() + self.config.io_timeout):
-            await self.metad("release", {"image": c.uuid, "epoch": epoch})
+            await self.metad("release", {"image": c.uuid, "epoch": epoch, "left": c.role.left})
 
     async def _hand_back(self, c: Coordinator, epoch: int) -> None:
         """Tell metad again of a role that was given up while metad was away."""

@@ -52,6 +52,8 @@ class ImageStore:
         self.unflushed: set[int] = set()
         self.poisoned: dict[int, str] = {}
         """Blocks whose fdatasync failed: it never succeeds again as if nothing had happened (R7)."""
+        self.remade: set[int] = set()
+        """Blocks that this process made ready for a resync: they are of no generation until they are whole (R11)."""
         self._gen_fd = -1
         self._gen_lost = ""
         """Why generations that were written may not be on the disk: they are made anew before the next flush (R7)."""
@@ -151,14 +153,21 @@ class ImageStore:
             raise disk_error(e, f"{self.directory}/{GENERATIONS}") from e
         self.generations[block] = generation
 
-    def ready(self, block: int, generation: int) -> int:
-        """Make a block writable in ``generation``; returns its descriptor.  Raises Damaged, DiskError, StaleEpoch."""
+    def ready(self, block: int, generation: int, least: int) -> int:
+        """Make a block of generation ``least`` or above one of ``generation``; returns its descriptor.
+
+        ``least`` is what the metadata required of this replica until the block was announced: a replica that has
+        less is an older copy, and stays one (R8).  One that was never written (0) begins with a new file of zeros,
+        whatever lies there.  Raises Damaged, DiskError, StaleEpoch.
+        """
         have = self.generations[block]
         if generation == have and have:
             return self.file(block)
         if generation < have:
             raise StaleEpoch(f"generation {generation} of block {block} is over; this node has {have}")
-        if have == 0 and not self._there(block):
+        self.check_least(block, least)
+        if have == 0:
+            self.store.forget_files(self.uuid, block)
             self._create(block)
         fd = self.file(block)
         self.set_generation(block, generation)
@@ -171,9 +180,19 @@ class ImageStore:
         except OSError as e:
             raise disk_error(e, self.path(block)) from e
 
+    def _target(self, block: int, generation: int) -> int:
+        """The descriptor for a write.  Raises as ready().
+
+        A block in the making takes writes too, and gets its generation once it is whole; all others were stamped.
+        """
+        have = self.generations[block]
+        if have == generation or block not in self.remade:
+            return self.ready(block, generation, generation)
+        return self.file(block) if have == 0 else self.ready(block, generation, have)
+
     def write(self, block: int, offset: int, data: Bytes, generation: int) -> None:
         """Raises Damaged, NoSpace or DiskError; ``touched`` in its details: whether the file may have changed."""
-        fd = self.ready(block, generation)
+        fd = self._target(block, generation)
         self.unflushed.add(block)
         try:
             done = self.disk.pwrite(fd, data, offset)
@@ -188,7 +207,7 @@ class ImageStore:
 
     def punch(self, block: int, offset: int, length: int, generation: int) -> None:
         """Make a part read as zeros and free its space.  Raises as write()."""
-        fd = self.ready(block, generation)
+        fd = self._target(block, generation)
         self.unflushed.add(block)
         try:
             self.disk.punch(fd, offset, length)
@@ -203,6 +222,12 @@ class ImageStore:
             raise Damaged(
                 f"block {block} of image {self.name} has generation {self.generations[block]}, not {generation}"
             )
+
+    def check_least(self, block: int, least: int) -> None:
+        """Raises Damaged where the block is of a generation below ``least`` (R8)."""
+        have = self.generations[block]
+        if have < least:
+            raise Damaged(f"block {block} of image {self.name}: generation {have} is below {least}: an older copy")
 
     def read(self, block: int, offset: int, length: int) -> bytes:
         """Raises Damaged, DiskError."""
@@ -319,29 +344,37 @@ class ImageStore:
         """Make a block of an out-of-sync replica writable, whatever its file is like, before its resync (R11).
 
         A missing file is made, one of a wrong size gets the right one, one whose flush failed is made anew: what
-        the page cache shows of it may not be on the disk.  What has lost data by that is of no generation any
-        more, so that it can't pass for a good one.  Raises DiskError, NoSpace.
+        the page cache shows of it may not be on the disk.  Until it is whole it is of no generation, so that it
+        can't pass for a good one.  Raises DiskError, NoSpace.
         """
         path = self.path(block)
         self.store.forget_files(self.uuid, block)
         try:
             found = self.disk.stat(path)
-            if block not in self.poisoned and found and found[0] in (self.block_bytes(block), self.block_size):
-                return
-            if self.generations[block]:
-                self.set_generation(block, 0)
+            self.disown(block)
+            self.remade.add(block)
             if block not in self.poisoned and found is not None:
-                fd = self.disk.open(path)
-                try:
-                    self.disk.truncate(fd, self.block_bytes(block))
-                    self.disk.fsync(fd)
-                finally:
-                    self.disk.close(fd)
+                if found[0] not in (self.block_bytes(block), self.block_size):
+                    self._resize(block)
                 return
             self._create(block)
         except OSError as e:
             raise disk_error(e, path) from e
         self.poisoned.pop(block, None)
+
+    def _resize(self, block: int) -> None:
+        """Raises OSError."""
+        fd = self.disk.open(self.path(block))
+        try:
+            self.disk.truncate(fd, self.block_bytes(block))
+            self.disk.fsync(fd)
+        finally:
+            self.disk.close(fd)
+
+    def disown(self, block: int) -> None:
+        """What lies here of a block is of no generation any more: nobody takes it for data.  Raises DiskError."""
+        if self.generations[block]:
+            self.set_generation(block, 0)
 
     def hash_beside(self, fd: int, block: int, offset: int, length: int, chunk: int) -> bytes:
         """16 bytes per chunk, zeros for one that reads as zeros; holes are not read.

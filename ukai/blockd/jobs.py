@@ -151,14 +151,20 @@ class Run(ABC):
     async def _hash(
         self, node: str, block: int, offset: int, length: int, chunk: int, generation: int | None = None
     ) -> bytes:
-        """16 bytes for each chunk of a part of a block, which must be of ``generation``.  Raises UkaiError."""
+        """16 bytes for each chunk of a part of a block, which must be of ``generation``.
+
+        One that is in-sync is no older copy at least (R8).  Raises UkaiError.
+        """
         c = self._c
+        replica = c.image.replica(node, block)
+        least = c.image.required(node, block) if replica is not None and replica.status == IN_SYNC else 0
         if node == c.own:
             image = c.core.store.image(c.uuid)
+            image.check_least(block, least)
             if generation is not None:
                 image.check(block, generation)
             return await c.core.replica.hash(image, block, offset, length, chunk)
-        fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "c": chunk}
+        fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "c": chunk, "least": least}
         if generation is not None:
             fields["g"] = generation
         _, payload = await c.core.peer(node).ask("h", fields)

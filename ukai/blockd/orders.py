@@ -40,7 +40,7 @@ class Orders:
         clean = c is not None and await c.role.release(
             integer(header, "epoch"), self._core.now() + self._core.config.io_timeout / 2
         )
-        return {"handles": handles, "clean": clean}
+        return {"handles": handles, "clean": clean, "left": c.role.left if c is not None else []}
 
     async def _acquire(self, header: Header) -> Header:
         uuid = text(header, "image", 36)

@@ -155,7 +155,7 @@ class Reads:
         current = {n: r.generation for n, r in replicas if r.status == IN_SYNC and n not in suspects}
         if current != good:
             return None
-        raise next((e for e in errors.values() if e.retry), next(iter(errors.values())))
+        raise await c.nowhere(block, errors)
 
     def _readable_here(self, block: int, generation: int) -> bool:
         """Whether the local replica is in-sync now, and will be read until something about the block changes."""

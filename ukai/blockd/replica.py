@@ -63,6 +63,7 @@ class Replica:
             "g": self._stamp,
             "f": self._flush,
             "d": self._complete,
+            "k": self._renew,
         }
         self.plain: dict[str, Callable[[Header], Answer | Awaitable[Answer]]] = {
             "hello": self._hello,
@@ -70,7 +71,6 @@ class Replica:
         }
         self.of_session: dict[str, Callable[[Header], Answer | Awaitable[Answer]]] = {
             "fence": self._fence,
-            "k": self._renew,
             "r": self._read,
             "h": self._hash,
             "usage": self._usage,
@@ -193,7 +193,8 @@ class Replica:
     def _stamp(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
         image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
         faults.point("replica.stamp")
-        return self._one_by_one(image, epoch, self._blocks(image, header), lambda b: image.ready(b, generation))
+        blocks, least = self._blocks(image, header), integer(header, "least", 0, generation)
+        return self._one_by_one(image, epoch, blocks, lambda b: image.ready(b, generation, least))
 
     async def _one_by_one(
         self, image: ImageStore, epoch: int, blocks: list[int], work: Callable[[int], object]
@@ -251,10 +252,19 @@ class Replica:
         if failed:
             raise Damaged(failed[block])
 
-    def _renew(self, header: Header) -> Awaitable[Answer]:
+    def _renew(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
         image, epoch = self._image(header), integer(header, "e")
         faults.point("replica.renew")
-        return self._one_by_one(image, epoch, self._blocks(image, header), image.renew)
+        return self.renew(image, epoch, self._blocks(image, header), flag(header, "empty"))
+
+    async def renew(self, image: ImageStore, epoch: int, blocks: list[int], empty: bool) -> Answer:
+        """Make blocks of an out-of-sync replica ready for a resync, those that stay ``empty`` without a file.
+
+        That they are of no generation is on the disk before anything is copied into them.  Raises UkaiError.
+        """
+        await self._one_by_one(image, epoch, blocks, image.disown if empty else image.renew)
+        await self.flush(image, [])
+        return {}, None
 
     # --- what reads
 
@@ -276,6 +286,7 @@ class Replica:
         image, length = self._image(header), integer(header, "l", 1, HASH_LENGTH_LIMIT_BYTES)
         block, offset = self._place(image, header, length)
         chunk = integer(header, "c", 512)
+        image.check_least(block, integer(header, "least", default=0))
         if "g" in header:
             image.check(block, integer(header, "g"))
         return self._hashed(image, block, offset, length, chunk)

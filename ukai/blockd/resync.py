@@ -123,8 +123,9 @@ class Resync(Run):
         ranges = [list(r) for r in join(blocks)]
         fresh = [b for b in blocks if not any(r.generation for r in c.image.replicas(b).values())]
         stale = sorted(set(blocks) - set(fresh))
-        if stale:
-            await self._renew(target, [list(r) for r in join(stale)])
+        for part, empty in ((stale, False), (fresh, True)):
+            if part:
+                await self._renew(target, part, empty)
         await faults.pause("sync.renewed")
         self._begun.update((target, b) for b in stale)
         await self._ask_metad("sync.begin", {"target": target, "ranges": ranges})
@@ -171,17 +172,15 @@ class Resync(Run):
         self.bytes_hole += hole
         self.bytes_done += hole
 
-    async def _renew(self, target: str, ranges: list[list[int]]) -> None:
+    async def _renew(self, target: str, blocks: list[int], empty: bool) -> None:
         c = self._c
         if target == c.own:
             image = c.core.store.image(c.uuid)
             image.admit(c.epoch)
-            for first, last in ranges:
-                for block in range(first, last + 1):
-                    image.renew(block)
-                    await asyncio.sleep(0)
+            await c.core.replica.renew(image, c.epoch, blocks, empty)
         else:
-            await c.core.peer(target).ask("k", {"i": c.uuid, "e": c.epoch, "ranges": ranges})
+            fields = {"i": c.uuid, "e": c.epoch, "ranges": [list(r) for r in join(blocks)], "empty": empty}
+            await c.core.peer(target).ask("k", fields, numbered=True)
 
     async def _block(self, target: str, block: int) -> bool:
         """Compare and copy one block; whether it is whole now.  Raises UkaiError."""
@@ -248,6 +247,7 @@ class Resync(Run):
             raise Unreachable(f"the source of block {block} is no longer in-sync")
         if node == c.own:
             store = c.core.store.image(c.uuid)
+            store.check_least(block, c.image.required(node, block))
             data: bytes = await c.core.run_disk(store.read_beside, store.borrow(block), block, offset, length)
             return data
         fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "g": replica.generation}

@@ -11,8 +11,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from ukai import faults
-from ukai.errors import NotCoordinator, StaleEpoch, UkaiError
+from ukai.errors import Damaged, NotCoordinator, StaleEpoch, UkaiError
 from ukai.model import IN_SYNC, written
+from ukai.ranges import join
 
 if TYPE_CHECKING:
     from ukai.blockd.coordinator import Coordinator
@@ -31,6 +32,8 @@ class Role:
         self._lock = asyncio.Lock()
         self._released = 0
         """The last epoch that ended here with nothing left unflushed."""
+        self.left: list[list[int]] = []
+        """Blocks that stay active after it: their last copy is an older one, so that nothing was written to them."""
 
     async def acquire(self, opened_epoch: int, purpose: str, deadline: float) -> None:
         """Hold the writer role (R1–R3).  Raises StaleHandle, Timeout, or what forbids it."""
@@ -117,13 +120,18 @@ class Role:
                 await c.writes.drained()
                 await faults.pause("release.drained")
                 cold = [b for b in c.activity.active if b not in c.activity.warm]
-                if cold:
-                    await c.activity.make_warm(cold)
+                left: list[int] = []
+                try:
+                    if cold:
+                        await c.activity.make_warm(cold)
+                except Damaged:
+                    left = await c.activity.retire_all()
                 await c.flusher.flush()
                 for block in list(c.marker.pending):
                     await c.marker.settled(block)
                 await faults.pause("release.flushed")
                 clean = c.holds(epoch)
+                self.left = [list(r) for r in join(left)]
         except (UkaiError, TimeoutError) as e:
             log.info("image %s: released without a flush: %s", c.name(), e)
         finally:

@@ -7,7 +7,7 @@ from typing import Any
 from ukai import messages
 from ukai.errors import Busy, Exists, NotFound, RemoteProtocolError, UkaiError, Unreachable, UsageError
 from ukai.messages import Header
-from ukai.metad import adoption, reports
+from ukai.metad import adoption, reports, roles
 from ukai.metad.core import Core, patience
 from ukai.model import IN_SYNC, Change, Image, check_name, check_sizes, round_up
 from ukai.ranges import RangeMap, RangeSet
@@ -235,8 +235,8 @@ async def _stop_writer(core: Core, image: Image, force: bool, timeout_s: float, 
         notes.append(f"the writer {writer} did not release it: {e.message}")
         return
     image = core.image(uuid)
-    if reply.get("clean") is True and image.epoch == epoch and len(image.active):
-        core.commit([{"t": "active", "uuid": uuid, "del": [list(r) for r in image.active]}], f"{writer} releases")
+    if reply.get("clean") is True and image.epoch == epoch and (changes := roles.released(image, reply)):
+        core.commit(changes, f"{writer} releases")
 
 
 async def reopen(core: Core, uuid: str, timeout_s: float) -> list[str]:

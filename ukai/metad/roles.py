@@ -25,7 +25,7 @@ from ukai.messages import Header
 from ukai.metad import replicas
 from ukai.metad.core import Core, Pending, Session, settle
 from ukai.model import IN_SYNC, Change, Image
-from ukai.ranges import show
+from ukai.ranges import RangeSet, show
 
 RECONCILE = "compares the blocks that were being written when the writer stopped"
 """Reason of an order that metad itself gave: an administrator's order takes its place."""
@@ -150,8 +150,8 @@ async def displace(core: Core, uuid: str, node: str, *, io: bool) -> None:
     former = "" if io else last
     changes: list[Change] = [{"t": "image", "uuid": uuid, "writer": "", "lost": lost, "former": former}]
     changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
-    if clean and image.writer == writer and image.epoch == epoch and len(image.active):
-        changes.append({"t": "active", "uuid": uuid, "del": [list(r) for r in image.active]})
+    if clean and image.writer == writer and image.epoch == epoch:
+        changes += released(image, reply or {})
     core.commit(changes, f"role taken from {writer} for {node}" + ("" if reply is not None else ", which is silent"))
 
 
@@ -247,13 +247,19 @@ def owned(core: Core, fields: Header) -> tuple[str, Image]:
     return session.node, image
 
 
+def released(image: Image, fields: Header) -> list[Change]:
+    """What is no longer active after a clean release: all but what was ``left``.  Raises RemoteProtocolError."""
+    left = RangeSet(messages.ranges(fields, "left", high=image.block_count - 1))
+    gone = [[a, b] for first, last in image.active for a, b in left.gaps(first, last)]
+    return [{"t": "active", "uuid": image.uuid, "del": gone}] if gone else []
+
+
 def release(core: Core, fields: Header) -> Header:
     """The coordinator has flushed everything and gives the role back; its handles may be open all the same."""
     node, image = owned(core, fields)
     faults.point("metad.release")
     changes: list[Change] = [{"t": "image", "uuid": image.uuid, "writer": "", "former": image.former or node}]
-    if len(image.active):
-        changes.append({"t": "active", "uuid": image.uuid, "del": [list(r) for r in image.active]})
+    changes += released(image, fields)
     changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
     core.commit(changes, f"{node} releases {image.name}")
     _settle(core, image.uuid)
