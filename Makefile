@@ -4,7 +4,7 @@ BIN := .venv/bin
 AS_ROOT := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo) env PYTHONDONTWRITEBYTECODE=1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test soak soak-processes lint format lock clean
+.PHONY: help setup demo test soak soak-processes bench lint format lock clean
 
 help:
 	@echo "make setup   Debian packages that are missing, and .venv"
@@ -12,6 +12,7 @@ help:
 	@echo "make test    lint, types and all tests (PYTEST_ARGS='-k name' for some)"
 	@echo "make soak    the simulator over many seeds (SEEDS=20000 FIRST=1)"
 	@echo "make soak-processes   kills, cut cables, full disks … over real processes (MINUTES=30 SEED=1)"
+	@echo "make bench   speed of a three-node cluster (BENCH_QUICK=1, BENCH_PEERS=1, BENCH_ARGS='--rows seq-read')"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrites the sources as ruff wants them"
 	@echo "make lock    newest versions into the lock files"
@@ -41,6 +42,10 @@ SEED ?=
 soak-processes: setup
 	$(AS_ROOT) $(BIN)/python -m tests.soak.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
+BENCH_ARGS ?=
+bench: setup
+	@$(AS_ROOT) BENCH_PEERS=$(BENCH_PEERS) BENCH_QUICK=$(BENCH_QUICK) $(BIN)/python -m bench.run $(BENCH_ARGS)
+
 format: setup
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
@@ -55,4 +60,4 @@ lock: setup
 
 clean:
 	$(AS_ROOT) rm -rf .venv build dist ukai.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find ukai tests deploy -name __pycache__ -type d -prune -exec rm -rf {} +
+	find ukai tests deploy bench -name __pycache__ -type d -prune -exec rm -rf {} +

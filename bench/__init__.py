@@ -1,0 +1,1 @@
+"""The benchmark: UKAI and what people would use instead, on one machine, in turns."""

@@ -1,0 +1,126 @@
+"""How fast copies are compared and made, and what that does to a guest meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bench import fio
+from bench.cases import abandon, scratch
+from bench.measure import fill
+from bench.results import Sample
+from bench.rows import IOPS, Row
+from tests.cluster import Cluster
+from tests.machine import wait_for
+
+SIZE_BYTES = 4 * 2**30
+BLOCK_BYTES = 64 * 2**20
+NEW_LIMIT_BYTES = 100 * 2**20
+WATCH_S = 3.0
+SYNC_S = 180.0
+RAMP_S = 0.5
+FOREGROUND = Row(
+    "foreground", "rand 50/50 4 KiB qd4", IOPS, "read", ("--rw=randrw", "--bs=4k", "--iodepth=4", "--rwmixread=50")
+)
+
+Keep = Callable[[Sample], None]
+
+
+def measure(cluster: Cluster, keep: Keep, runtime_s: float) -> None:
+    """4 GiB: to an empty copy under a guest, all different, all equal; an image of holes."""
+    with scratch(cluster, ["resync"], SIZE_BYTES, (1,)):
+        fill(cluster.path("resync"), SIZE_BYTES, [], lambda: abandon(cluster))
+        # a second copy first, so that the guest before and during writes to as many
+        cluster.ctl("location", "add", "resync", cluster.node(3))
+        _keep_rate(keep, "to-empty", _sync(cluster, "resync"), SIZE_BYTES)
+        _foreground(cluster, keep, max(runtime_s, 5.0))
+        _degrade(cluster, "resync", lambda: fill(cluster.path("resync"), SIZE_BYTES, [], lambda: abandon(cluster)))
+        _keep_rate(keep, "differs", _sync(cluster, "resync"), SIZE_BYTES)
+        _degrade(cluster, "resync", lambda: touch(cluster, "resync"))
+        _keep_rate(keep, "equal", _sync(cluster, "resync"), SIZE_BYTES)
+    with scratch(cluster, ["holes"], SIZE_BYTES, (1,)):
+        touch(cluster, "holes")
+        cluster.ctl("location", "add", "holes", cluster.node(2))
+        _keep_rate(keep, "holes", _sync(cluster, "holes"), SIZE_BYTES)
+
+
+def touch(cluster: Cluster, name: str) -> None:
+    """Write 4 KiB into each block."""
+    row = Row("touch", "touch", IOPS, "write", ("--rw=write", "--zonemode=strided", "--bs=4k", "--iodepth=4"))
+    zones = ["--zonesize=4k", f"--zonerange={BLOCK_BYTES}", f"--io_size={SIZE_BYTES // BLOCK_BYTES * 4096}"]
+    line = [*fio.fill_command(row, cluster.path(name), SIZE_BYTES), *zones]
+    fio.run(line, 120, lambda: abandon(cluster))
+
+
+def _degrade(cluster: Cluster, name: str, write: Callable[[], None]) -> None:
+    """Take the copy of node 3 away while ``write`` writes, so that it is out-of-sync in every block written."""
+    cluster.kill(3, "blockd")
+    try:
+        write()
+    finally:
+        cluster.start(3, "blockd")
+    assert cluster.image(name)["health"] == "degraded", f"{name} lost no copy: nothing to bring in sync"
+
+
+def _job(cluster: Cluster, name: str) -> dict[str, Any]:
+    return next(job for job in cluster.ask("sync.status", name=name)["jobs"] if job["image"] == name)
+
+
+def _sync(cluster: Cluster, name: str, rate: str = "none") -> dict[str, Any]:
+    """Bring everything in sync; returns the job, with ``took``.  Raises AssertionError."""
+    began = time.monotonic()
+    cluster.ctl("sync", "start", name, "--rate", rate)
+
+    def ended() -> dict[str, Any] | None:
+        job = _job(cluster, name)
+        return job if job["state"] in ("done", "failed", "stopped") else None
+
+    job = wait_for(ended, f"{name} in sync", SYNC_S)
+    assert job["state"] == "done", f"resync of {name} ended as {job['state']}: {job['reason']}"
+    return {**job, "took": time.monotonic() - began}
+
+
+def _keep_rate(keep: Keep, row: str, job: dict[str, Any], size_bytes: int) -> None:
+    keep(Sample("resync", row, round(size_bytes / job["took"] / 1e6, 1), "MB/s"))
+    for part in ("copied", "equal", "hole"):
+        keep(Sample("resync", f"{row}-{part}", round(job[f"bytes_{part}"] / 1e6, 1), "MB"))
+
+
+def _foreground(cluster: Cluster, keep: Keep, runtime_s: float) -> None:
+    """A guest's latencies without and with a resync at the default limit; then the limit changes under way."""
+    _degrade(cluster, "resync", lambda: fill(cluster.path("resync"), SIZE_BYTES, [], lambda: abandon(cluster)))
+    tails = {}
+    for state in ("alone", "beside"):
+        if state == "beside":
+            cluster.ctl("sync", "start", "resync")
+        line = fio.command(FOREGROUND, cluster.path("resync"), SIZE_BYTES, runtime_s, RAMP_S)
+        job = fio.run(line, runtime_s + fio.END_S, lambda: abandon(cluster))["jobs"][0]
+        if state == "beside":
+            assert _job(cluster, "resync")["state"] == "running", "the resync ended before the guest did"
+        for side in ("read", "write"):
+            found = fio.outcome(job, Row("", "", IOPS, side, FOREGROUND.options))
+            tails[state, side] = found.p99_us
+            row = f"guest-{state}-{side}"
+            keep(Sample("resync", row, round(found.value, 1), IOPS, p50_us=found.p50_us, p99_us=found.p99_us))
+    for side in ("read", "write"):
+        keep(Sample("resync", f"p99-{side}", round(tails["beside", side] / tails["alone", side], 2), "× of without"))
+    _change_limit(cluster, keep)
+
+
+def _change_limit(cluster: Cluster, keep: Keep) -> None:
+    """Another limit while the resync runs: what it copies from then on."""
+    cluster.ctl("sync", "rate", "resync", str(NEW_LIMIT_BYTES))
+    before, began = _job(cluster, "resync"), time.monotonic()
+    seen = {before["bytes_copied"]}
+
+    def watched() -> dict[str, Any] | None:
+        job = _job(cluster, "resync")
+        seen.add(job["bytes_copied"])
+        return job if time.monotonic() - began >= WATCH_S or job["state"] != "running" else None
+
+    after = wait_for(watched, "a stretch of the resync", WATCH_S * 3)
+    rate = (after["bytes_copied"] - before["bytes_copied"]) / (time.monotonic() - began)
+    keep(Sample("resync", "rate-changed", round(rate / NEW_LIMIT_BYTES, 3), "of the new limit"))
+    cluster.ctl("sync", "rate", "resync", "none")
+    wait_for(lambda: _job(cluster, "resync")["state"] == "done", "the rest of the resync", SYNC_S)
