@@ -4,7 +4,7 @@ BIN := .venv/bin
 AS_ROOT := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo) env PYTHONDONTWRITEBYTECODE=1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test soak soak-processes bench lint format lock clean
+.PHONY: help setup demo test soak soak-processes bench cuts lint format lock clean
 
 help:
 	@echo "make setup   Debian packages that are missing, and .venv"
@@ -13,6 +13,7 @@ help:
 	@echo "make soak    the simulator over many seeds (SEEDS=20000 FIRST=1)"
 	@echo "make soak-processes   kills, cut cables, full disks … over real processes (MINUTES=30 SEED=1)"
 	@echo "make bench   speed of a three-node cluster (BENCH_QUICK=1, BENCH_PEERS=1, BENCH_ARGS='--rows seq-read')"
+	@echo "make cuts    power cuts under a real guest with SQLite on ext4 (CUTS=100)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrites the sources as ruff wants them"
 	@echo "make lock    newest versions into the lock files"
@@ -45,6 +46,10 @@ soak-processes: setup
 BENCH_ARGS ?=
 bench: setup
 	@$(AS_ROOT) BENCH_PEERS=$(BENCH_PEERS) BENCH_QUICK=$(BENCH_QUICK) $(BIN)/python -m bench.run $(BENCH_ARGS)
+
+CUTS ?= 100
+cuts: setup
+	$(AS_ROOT) $(BIN)/python -m tests.durability.cuts $(CUTS)
 
 format: setup
 	$(BIN)/ruff check --fix-only .

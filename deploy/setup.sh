@@ -9,6 +9,7 @@ set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 venv=$root/.venv
 stamp=$venv/.ukai-setup
+guest=$venv/guest
 PATH=$PATH:/usr/sbin:/sbin
 export PATH
 
@@ -35,6 +36,8 @@ has_headers() {
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
 }
 
+guest_runs() { [ "$(uname -m)" = x86_64 ]; }
+
 # Appends a package and why it is wanted to what is missing.
 want() {
     packages="$packages $1"
@@ -59,6 +62,10 @@ list_missing() {
     { has_command mount && has_command losetup; } || want mount "loop mounts in the demo and the tests"
     has_command ip || want iproute2 "cut cables in the tests"
     has_command findmnt || want util-linux "loop mounts in the demo and the tests"
+    if guest_runs; then
+        has_command qemu-system-x86_64 || want qemu-system-x86 "a guest whose power is cut in the tests"
+        has_command sqlite3 || want sqlite3 "what that guest writes"
+    fi
     [ -e /etc/ssl/certs/ca-certificates.crt ] || want ca-certificates "pip speaks to PyPI over TLS"
 }
 
@@ -107,12 +114,38 @@ make_venv() {
     fingerprint >"$stamp"
 }
 
+# Kernel and busybox of the tests' guest: taken apart here, not installed.
+fetch_guest() {
+    say "fetching the kernel and the busybox of the tests' guest"
+    rm -rf "$guest"
+    mkdir -p "$guest/new"
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+    if ! (cd "$guest/new" && download_guest) >"$log" 2>&1 </dev/null; then
+        tail -n 20 "$log" >&2
+        fail "apt-get could not download linux-image-cloud-amd64 or busybox-static; run apt-get update, then this again"
+    fi
+    for package in "$guest"/new/*.deb; do
+        dpkg -x "$package" "$guest"
+    done
+    rm -rf "$guest/new"
+}
+
+download_guest() {
+    # The name of the kernel's package has its version in it; the package of the plain name depends on it.
+    kernel=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
+    [ -n "$kernel" ] || return 1
+    apt-get download "$kernel" busybox-static
+}
+
 python=$(find_python)
 list_missing
 if [ "${1:-}" = --check ]; then
     [ -z "$reasons" ] || fail "missing: $reasons"
     [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ] || fail "missing: .venv as in requirements.lock"
+    ! guest_runs || [ -e "$guest/boot" ] || fail "missing: the parts of the tests' guest"
     exit 0
 fi
 [ -z "$packages" ] || install_packages
 [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ] || make_venv
+! guest_runs || [ -e "$guest/boot" ] || fetch_guest
