@@ -139,6 +139,18 @@ class Requester:
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[tuple[Header, Frames]]] = {}
         self.port = connected(context, endpoint, self._received)
+        watched = f"inproc://cut-{id(self)}"
+        self.port.socket.monitor(watched, zmq.EVENT_DISCONNECTED)
+        self._cuts = Port(context, zmq.PAIR, self._cut)
+        self._cuts.socket.connect(watched)
+        self._cuts.kick()
+
+    def _cut(self, _event: Frames) -> None:
+        """The connection has ended, and with it what was under way: nobody will answer that."""
+        waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(Timeout(f"the connection to {self.endpoint} was lost before it answered"))
 
     def _received(self, frames: Frames) -> None:
         try:
@@ -170,8 +182,8 @@ class Requester:
     ) -> tuple[Header, Frames]:
         """One request and its reply.
 
-        Raises Unreachable when the peer is not connected within the time, Timeout when no reply came, and
-        whatever error the reply carries.
+        Raises Unreachable when the peer is not connected within the time, Timeout when no reply came, be it that the
+        connection was lost meanwhile (whether the request was done is not known), and whatever the reply carries.
         """
         if "op" in fields or "id" in fields:
             raise LocalProtocolError("op and id are set by call()")
@@ -196,6 +208,9 @@ class Requester:
         return reply, rest
 
     def close(self) -> None:
+        if not self.port.socket.closed:
+            self.port.socket.disable_monitor()
+        self._cuts.close()
         self.port.close()
         for future in self._waiting.values():
             if not future.done():

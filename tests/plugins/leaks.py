@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests import machine
+from tests import cluster, machine
 
 GRACE_S = 3.0
 
@@ -21,7 +21,7 @@ GRACE_S = 3.0
 def _held(paths: pytest.TempPathFactory) -> set[str]:
     ours = str(paths.getbasetemp())  # others on this machine may mount meanwhile
     held = {f"thread {thread.name}" for thread in threading.enumerate()}
-    held |= {f"process {child.pid}" for child in psutil.Process().children(recursive=True)}
+    held |= {f"process {child.pid}" for child in psutil.Process().children(recursive=True)} - _of_clusters()
     for fd in Path("/proc/self/fd").iterdir():
         try:
             target = os.readlink(fd)
@@ -32,6 +32,12 @@ def _held(paths: pytest.TempPathFactory) -> set[str]:
     held |= {f"mount {mount.where}" for mount in machine.mounts() if mount.where.is_relative_to(ours)}
     held |= {f"loop device {device} on {file}" for device, file in machine.loop_devices().items() if ours in file}
     return held
+
+
+def _of_clusters() -> set[str]:
+    """Processes of clusters of a wider scope, which may have been started anew: a cluster looks for them at its end."""
+    processes = (process for one in cluster.LIVE for process in one.processes.values())
+    return {f"process {process.pid}" for process in processes if process.popen is not None}
 
 
 def _check(before: set[str], paths: pytest.TempPathFactory) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from tests.machine import wait_for
 from tests.processes.guest import Recorder, wait_shown
+from tests.processes.ledger import Ledger
 from tests.soak.events import METAD, Field
-from tests.soak.guests import Ledger
 
 Scenario = Callable[[Field, Ledger, int, int], None]
 

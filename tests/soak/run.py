@@ -29,9 +29,10 @@ from tests.cluster import Cluster, CtlError
 from tests.machine import tool, wait_for
 from tests.mesh import Mesh
 from tests.processes.guest import Recorder, wait_shown
+from tests.processes.ledger import Ledger
 from tests.soak import loud
 from tests.soak.events import IMAGES, Event, Field, quiet
-from tests.soak.guests import Ledger, Load, figures
+from tests.soak.guests import Load, figures
 from ukai.config import KEYS
 
 ERA_S = 240.0
