@@ -110,6 +110,8 @@ class Role:
     async def release(self, epoch: int, deadline: float) -> bool:
         """Drain, flush and give the role up; whether nothing is left active.  Requests wait meanwhile."""
         c = self._c
+        while c.frozen is not None:
+            await c.frozen.wait()  # it is being given up already, by this node's own accord or because metad asked
         if not c.holds(epoch):
             return self._released == epoch
         c.frozen = asyncio.Event()

@@ -1,0 +1,53 @@
+"""The role of a writer is given up once, however many want it."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import cast
+
+from ukai.blockd.coordinator import Coordinator
+from ukai.blockd.role import Role
+
+EPOCH = 7
+
+
+def test_two_who_want_it_given_up_and_one_who_waits() -> None:
+    """metad asks while this node gives it up by itself: both hear the same, and what waits goes on."""
+
+    async def run() -> None:
+        drained = asyncio.Event()
+        drains = 0
+
+        async def drain() -> None:
+            nonlocal drains
+            drains += 1
+            await drained.wait()
+
+        async def flush() -> None: ...
+
+        def nothing(*_: object) -> None: ...
+
+        c = SimpleNamespace(
+            uuid="u", epoch=EPOCH, held=True, frozen=None, name=str, changed=nothing,
+            writes=SimpleNamespace(drained=drain),
+            activity=SimpleNamespace(active={}, warm=set(), end=nothing),
+            flusher=SimpleNamespace(flush=flush),
+            marker=SimpleNamespace(pending={}, abandon=nothing),
+            core=SimpleNamespace(role_lost=nothing),
+        )  # fmt: skip
+        c.holds = lambda epoch: c.held and c.epoch == epoch
+        role = Role(cast(Coordinator, c))
+        deadline = asyncio.get_running_loop().time() + 5
+        wanted = [asyncio.ensure_future(role.release(EPOCH, deadline)) for _ in range(2)]
+        while c.frozen is None or not drains:
+            await asyncio.sleep(0)
+        waits = asyncio.ensure_future(c.frozen.wait())
+        drained.set()
+        async with asyncio.timeout(5):
+            assert await asyncio.gather(*wanted) == [True, True]
+            await waits
+        assert drains == 1
+        assert c.frozen is None
+
+    asyncio.run(run())
