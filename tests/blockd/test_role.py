@@ -16,12 +16,13 @@ def test_two_who_want_it_given_up_and_one_who_waits() -> None:
     """metad asks while this node gives it up by itself: both hear the same, and what waits goes on."""
 
     async def run() -> None:
-        drained = asyncio.Event()
+        begun, drained = asyncio.Event(), asyncio.Event()
         drains = 0
 
         async def drain() -> None:
             nonlocal drains
             drains += 1
+            begun.set()
             await drained.wait()
 
         async def flush() -> None: ...
@@ -40,8 +41,7 @@ def test_two_who_want_it_given_up_and_one_who_waits() -> None:
         role = Role(cast(Coordinator, c))
         deadline = asyncio.get_running_loop().time() + 5
         wanted = [asyncio.ensure_future(role.release(EPOCH, deadline)) for _ in range(2)]
-        while c.frozen is None or not drains:
-            await asyncio.sleep(0)
+        await begun.wait()
         waits = asyncio.ensure_future(c.frozen.wait())
         drained.set()
         async with asyncio.timeout(5):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.cluster import Cluster
+from tests.cluster import Cluster, CtlError
 from tests.machine import tool, wait_for
 from tests.processes import recorder
 from tests.processes.recorder import RECORD_BYTES
@@ -97,6 +97,19 @@ def sync(cluster: Cluster, name: str, *options: str) -> dict[str, Any]:
     job: dict[str, Any] = cluster.ctl("sync", "start", name, "--wait", "--timeout", "30", *options)["job"]
     assert job["state"] == "done", job
     return job
+
+
+def in_sync(cluster: Cluster, name: str, timeout_s: float = 60.0) -> None:
+    """Bring an image back in sync, also where another order is under way."""
+
+    def whole() -> bool:
+        if cluster.image(name)["health"] == "ok":
+            return True
+        with contextlib.suppress(CtlError):
+            cluster.ctl("sync", "start", name)
+        return False
+
+    wait_for(whole, f"{name} all in-sync", timeout_s, lambda: f"{cluster.image(name)}\n{cluster.tails()}")
 
 
 def read_all(path: Path) -> bytes:

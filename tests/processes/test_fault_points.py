@@ -15,7 +15,7 @@ import pytest
 from tests import machine
 from tests.cluster import Cluster, Process
 from tests.machine import wait_for
-from tests.processes.guest import QUICK, Recorder, create, out_of_sync, sync, wait_shown
+from tests.processes.guest import QUICK, Recorder, create, in_sync, out_of_sync, wait_shown
 from tests.processes.ledger import Ledger
 from tests.processes.sample import sample
 from ukai import faults
@@ -64,8 +64,7 @@ class Stage:
         for path in self.armed.iterdir():
             path.unlink()
         self.cluster.heal()
-        sync(self.cluster, "disk")
-        self.cluster.wait_image("disk", "ok")
+        in_sync(self.cluster, "disk")
         assert self.cluster.compare_replicas("disk") == 32
         self.ledger.check(self.disk, crashes=0)
         for process in self.cluster.processes.values():

@@ -28,7 +28,7 @@ from tests import machine
 from tests.cluster import Cluster, CtlError
 from tests.machine import tool, wait_for
 from tests.mesh import Mesh
-from tests.processes.guest import Recorder, wait_shown
+from tests.processes.guest import Recorder, in_sync, wait_shown
 from tests.processes.ledger import Ledger
 from tests.soak import loud
 from tests.soak.events import IMAGES, Event, Field, quiet
@@ -256,7 +256,7 @@ class Era:
         cluster = self.field.cluster
         self.field.heal()
         for name in IMAGES:
-            self.in_sync(name)
+            in_sync(cluster, name, SETTLE_S)
             wait_for(lambda name=name: not cluster.image(name)["writer"], "the role given back", SETTLE_S)  # type: ignore[misc]
             self.soak.counts["copies"] += cluster.compare_replicas(name)
         self.ledger.check(self.disk("records", self.chance.choice(HYPERVISORS)), crashes=0)
@@ -264,17 +264,6 @@ class Era:
             for line in process.log.news():
                 if line.level == "raw" or DEFECT.search(line.message):
                     raise AssertionError(f"a defect in a log: {line}")
-
-    def in_sync(self, name: str) -> None:
-        cluster = self.field.cluster
-
-        def whole() -> bool:
-            if cluster.image(name)["health"] == "ok":
-                return True
-            self.field.order("sync", "start", name)  # another order may have been under way
-            return False
-
-        wait_for(whole, f"image {name} all in-sync", SETTLE_S, lambda: f"{cluster.image(name)}\n{cluster.tails()}")
 
 
 def run_era(soak: Soak, where: Path) -> None:
