@@ -4,7 +4,7 @@ BIN := .venv/bin
 AS_ROOT := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo) env PYTHONDONTWRITEBYTECODE=1
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test soak soak-processes bench cuts lint format lock clean
+.PHONY: help setup demo test soak soak-processes soak-cases bench cuts lint format lock clean
 
 help:
 	@echo "make setup   Debian packages that are missing, and .venv"
@@ -14,6 +14,7 @@ help:
 	@echo "make soak-processes   kills, cut cables, full disks … over real processes (MINUTES=30 SEED=1)"
 	@echo "make bench   speed of a three-node cluster (BENCH_QUICK=1, BENCH_PEERS=1, BENCH_ARGS='--rows seq-read')"
 	@echo "make cuts    power cuts under a real guest with SQLite on ext4 (CUTS=100)"
+	@echo "make soak-cases       every step of each protocol, every cut: what make test has a sample of"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrites the sources as ruff wants them"
 	@echo "make lock    newest versions into the lock files"
@@ -50,6 +51,10 @@ bench: setup
 CUTS ?= 100
 cuts: setup
 	$(AS_ROOT) $(BIN)/python -m tests.durability.cuts $(CUTS)
+
+soak-cases: setup
+	$(AS_ROOT) UKAI_REQUIRE_FUSE=1 UKAI_TEST_CASES=all $(BIN)/python -m pytest tests/processes/test_fault_points.py \
+	    tests/processes/test_cuts.py tests/processes/test_links.py tests/processes/test_machine.py $(PYTEST_ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix-only .

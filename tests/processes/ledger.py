@@ -23,9 +23,9 @@ class Ledger:
         self._root = root
         self._logs: list[Path] = []
 
-    def start(self, disk: Path) -> Recorder:
-        """A recorder that goes on after the former ones."""
-        begin = max(self._known().values(), default=0) + 1
+    def start(self, disk: Path, ahead: int = 1) -> Recorder:
+        """A recorder that goes on after the former ones; well ``ahead`` where a former one still writes."""
+        begin = max(self._known().values(), default=0) + ahead
         return Recorder(disk, self._next_log(), step=self.slots.step, count=len(self.slots), begin=begin)
 
     def _next_log(self) -> Path:

@@ -29,7 +29,7 @@ def _go_on(field: Field, ledger: Ledger, host: int, crashes: int, *, more: Calla
     disk = field.cluster.path("records", host)
     wait_shown(field.cluster, "records", host)
     ledger.check(disk, crashes)
-    with ledger.start(disk) as recorder:
+    with ledger.start(disk, ahead=100_000) as recorder:
         recorder.wait_written(AFTER)
         more()
         recorder.wait_written(AFTER)
