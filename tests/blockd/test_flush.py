@@ -162,3 +162,36 @@ def test_marks_that_can_not_be_made_are_an_error_and_nothing_is_forgotten() -> N
         assert world.marked == [(1, OWN, "EIO")]
 
     with_world(story)
+
+
+def test_what_a_flush_under_way_has_taken_is_not_flushed_yet() -> None:
+    """Or a block would be retired, and then lost by a power cut, before the disk has it."""
+
+    async def story(world: World) -> None:
+        world.flusher.dirty(1, (OWN, OTHER))
+        assert world.flusher.needed([0, 1])
+        world.gate.clear()
+        flush = asyncio.ensure_future(world.flusher.flush())
+        await asyncio.sleep(0)
+        assert world.flusher.unflushed == {}
+        assert world.flusher.needed([1])
+        world.gate.set()
+        await flush
+        assert not world.flusher.needed([1])
+
+    with_world(story)
+
+
+@pytest.mark.expect_log("was started anew before block 1")
+def test_a_reboot_during_a_flush_loses_what_the_flush_has_taken() -> None:
+    async def story(world: World) -> None:
+        world.flusher.dirty(1, (OTHER,))
+        world.gate.clear()
+        flush = asyncio.ensure_future(world.flusher.flush())
+        await asyncio.sleep(0)
+        world.flusher.rebooted(OTHER)
+        world.gate.set()
+        with pytest.raises(DiskError, match="was started anew before block 1"):
+            await flush
+
+    with_world(story)

@@ -222,7 +222,7 @@ class Activity:
         ready = [b for b in blocks if b not in c.inflight and b in self.active]
         asked: list[int] = []
         try:
-            if any(b in dirty for dirty in c.flusher.unflushed.values() for b in ready):
+            if c.flusher.needed(ready):
                 await c.flusher.flush()
             ready = [b for b in ready if b not in c.inflight and b not in c.marker.pending]
             if ready:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ukai import faults
@@ -29,6 +30,8 @@ class Flusher:
         self._c = coordinator
         self.unflushed: dict[str, set[int]] = {}
         """node → blocks written there since the last flush."""
+        self._flushing: dict[str, set[int]] = {}
+        """What the flush under way has taken."""
         self.lost = ""
         """Why acknowledged writes are gone, until the last handle is closed: no flush succeeds meanwhile."""
         self._lock = asyncio.Lock()
@@ -40,6 +43,10 @@ class Flusher:
                 self.unflushed[node] = {block}
             else:
                 blocks.add(block)
+
+    def needed(self, blocks: Iterable[int]) -> bool:
+        """Whether some of these blocks have writes that no completed flush has covered."""
+        return any(b in dirty for b in blocks for dirty in (*self.unflushed.values(), *self._flushing.values()))
 
     def begin(self, active: RangeSet) -> None:
         """A new epoch: what the former coordinator left active may hold acknowledged writes that no disk has."""
@@ -55,7 +62,7 @@ class Flusher:
         Where other in-sync copies have it, metad has taken this one out-of-sync.  Where it was the last copy, the
         guest must hear of it: its next fsync fails (R7).
         """
-        for block in sorted(self.unflushed.get(node, ())):
+        for block in sorted(self.unflushed.get(node, set()) | self._flushing.get(node, set())):
             replica = self._c.image.replica(node, block)
             if replica is not None and replica.status == IN_SYNC:
                 self.lost = f"node {node} was started anew before block {block}, whose last copy it has, was flushed"
@@ -90,12 +97,15 @@ class Flusher:
             if self.lost:
                 raise DiskError(self.lost)
             work, self.unflushed = self.unflushed, {}
+            self._flushing = work
             try:
                 await self._flush(work)
             except BaseException:  # failed or given up: nothing of it counts as flushed
                 for node, blocks in work.items():
                     self.unflushed.setdefault(node, set()).update(blocks)
                 raise
+            finally:
+                self._flushing = {}
 
     async def _flush(self, work: dict[str, set[int]]) -> None:
         for blocks in work.values():
