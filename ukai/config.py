@@ -64,6 +64,8 @@ class Config:
     message_limit: int = _key(8 * 2**20, "largest message taken from a socket", low=2**20, high=2**30)
     open_files_limit: int = _key(1024, "block files kept open", low=16, high=60000)
     fault_dir: str = _key("", "for tests only: where they arm fault points; empty: none")
+    short_circuit: bool = _key(True, "the frontend reads block files of its own node directly")
+    lent_files_limit: int = _key(1024, "block files that the frontend keeps open", low=1, high=60000)
     change_keep: int = _key(1_000_000, "rows kept in the change table", low=1000, high=10**9)
 
     @property
@@ -77,6 +79,10 @@ class Config:
     @property
     def blockd_endpoint(self) -> str:
         return f"ipc://{self.run_dir}/blockd.sock"
+
+    @property
+    def loans_socket(self) -> str:
+        return f"{self.run_dir}/loans.sock"
 
     def proxy_endpoint(self, node: str) -> str:
         return f"tcp://{node}:{self.proxy_port}"
@@ -132,6 +138,10 @@ def load(path: str | None = None, env: dict[str, str] | None = None) -> Config:
 def _convert(name: str, value: Any) -> Any:
     meta = KEYS[name].metadata
     kind: Any = type(KEYS[name].default)
+    if kind is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise ValueError(f"true or false is wanted, not {value!r:.80}")
+        return str(value).lower() == "true"
     if isinstance(value, bool):
         raise ValueError("a number or a text is wanted, not true or false")
     if kind is str:

@@ -119,30 +119,30 @@ class SimDisk(Disk):
         self._open[fd] = inode
         return fd
 
-    def _inode(self, fd: int) -> _Inode:
+    def inode(self, fd: int) -> _Inode:
         if fd not in self._open:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self._open[fd]
 
     def close(self, fd: int) -> None:
-        self._inode(fd)
+        self.inode(fd)
         del self._open[fd]
 
     def dup(self, fd: int) -> int:
         number, self._next = self._next, self._next + 1
-        self._open[number] = self._inode(fd)
+        self._open[number] = self.inode(fd)
         return number
 
     def size(self, fd: int) -> int:
-        return len(self._inode(fd).cache)
+        return len(self.inode(fd).cache)
 
     def linked(self, fd: int) -> bool:
-        inode = self._inode(fd)
+        inode = self.inode(fd)
         return any(i is inode for i in self.names_now.values())
 
     def truncate(self, fd: int, size: int) -> None:
         self._may_fail("truncate")
-        cache = self._inode(fd).cache
+        cache = self.inode(fd).cache
         if size < len(cache):
             del cache[size:]
         else:
@@ -152,7 +152,7 @@ class SimDisk(Disk):
         inode.dirty.update(range(offset // SECTOR, -(-(offset + length) // SECTOR)))
 
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
-        inode = self._inode(fd)
+        inode = self.inode(fd)
         if self.full and len(data) > 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         length = len(data)
@@ -169,7 +169,7 @@ class SimDisk(Disk):
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         self._may_fail("pread")
-        return bytes(self._inode(fd).cache[offset : offset + length])
+        return bytes(self.inode(fd).cache[offset : offset + length])
 
     def pread_cached(self, fd: int, length: int, offset: int) -> bytearray | None:
         if self.chance.random() < 0.3:
@@ -179,19 +179,19 @@ class SimDisk(Disk):
 
     def punch(self, fd: int, offset: int, length: int) -> None:
         self._may_fail("punch")
-        inode = self._inode(fd)
+        inode = self.inode(fd)
         end = min(offset + length, len(inode.cache))
         inode.cache[offset:end] = bytes(end - offset)
         self._touch(inode, offset, length)
 
     def data_after(self, fd: int, offset: int) -> int | None:
-        cache = self._inode(fd).cache
+        cache = self.inode(fd).cache
         rest = bytes(cache[offset:])
         stripped = rest.lstrip(b"\0")
         return offset + len(rest) - len(stripped) if stripped else None
 
     def fdatasync(self, fd: int) -> None:
-        inode = self._inode(fd)
+        inode = self.inode(fd)
         if self.fail.get("fdatasync", 0) > 0:
             self.fail["fdatasync"] -= 1
             inode.dirty.clear()  # as Linux does: the pages are clean now, and not on the disk

@@ -72,6 +72,8 @@ class Register:
             return False
         if value in self.possible and not self.pending and not self.shaky:
             self.possible = {value}
+        elif value in self.pending and not self.shaky:
+            self.possible = {value}  # it was read before it was acknowledged: it may not go away again
         return True
 
     def may_be_lost(self) -> None:

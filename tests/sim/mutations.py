@@ -11,13 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tests.sim.world import World
 from ukai.blockd import files, flush, image_store, marks, replica, resync, writes
 from ukai.blockd.activity import Activity
 from ukai.blockd.coordinator import Coordinator
 from ukai.blockd.image_store import ImageStore
+from ukai.blockd.readable import Readable
 from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
 from ukai.errors import NoSpace, UkaiError
+from ukai.frontend.shortcut import Loan, Shortcut
 from ukai.metad import core as metad_core
 from ukai.metad import registration, replicas, roles
 from ukai.mirror import Mirror
@@ -34,6 +37,7 @@ DEFAULT: dict[str, Any] = {
     "repeat": 0.0,
     "slow_ms": 1.0,
     "rare": [],
+    "direct": True,
 }
 
 
@@ -171,6 +175,39 @@ def _first_answer_is_enough() -> list[Patch]:
             self.done(self)
 
     return [(writes.Op, "answered", answered)]
+
+
+# --- loans: direct reads must be no worse than those through blockd (R3, R4)
+
+
+def _loan_outlasts_a_mark() -> list[Patch]:
+    def drop(self: Readable, block: int) -> None:
+        self.stores.pop(block, None)
+
+    def drop_all(self: Readable) -> None:
+        self.stores.clear()
+
+    return [(Readable, "drop", drop), (Readable, "drop_all", drop_all)]
+
+
+def _lease_of_loans_ignored() -> list[Patch]:
+    def good(self: Shortcut, loan: Loan, block: int, offset: int, length: int, _now: float) -> bool:
+        return real(self, loan, block, offset, length, float("-inf"))
+
+    real = Shortcut.good
+    return [(Shortcut, "good", good)]
+
+
+def _write_under_way_is_read() -> list[Patch]:
+    def begins(self: Shortcut, offset: int, _length: int) -> int:
+        return real(self, offset, 0)
+
+    real = Shortcut.write_begins
+    return [(Shortcut, "write_begins", begins)]
+
+
+def _loans_outlive_their_lender() -> list[Patch]:
+    return [(World, "end_loans", _nothing)]
 
 
 # --- R5
@@ -438,6 +475,16 @@ MUTATIONS = (
     Mutation("R4", "acknowledged before marked", _acknowledge_before_mark, _world("cut", "freeze"), (LACKS,)),
     Mutation("R4", "a failed replica is forgotten", _failed_replica_forgotten, _world("cut", "freeze"), (LACKS,)),
     Mutation("R4", "the first answer is enough", _first_answer_is_enough, _world("freeze"), (LACKS,)),
+    Mutation("R4", "a loan outlasts a mark", _loan_outlasts_a_mark, _world("disk", "freeze", "sync"), (READS,)),
+    Mutation("R3", "a lease of loans is ignored", _lease_of_loans_ignored, _world("split"), (READS,)),
+    Mutation("R4", "a write under way is read", _write_under_way_is_read, _world("split"), (READS,)),
+    Mutation(
+        "R3",
+        "loans outlive their lender",
+        _loans_outlive_their_lender,
+        _world("kill blockd", "disk", "sync", fault_every_s=0.2),
+        (READS,),
+    ),
     Mutation("R5", "writes are not announced", _unannounced, _world("kill blockd", "freeze"), (DIFFERS, LACKS, READS)),
     Mutation(
         "R5", "nothing is reconciled", _nothing_reconciled, _world("takeover", "kill blockd"), ("fenced", DIFFERS)

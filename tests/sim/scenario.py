@@ -56,6 +56,7 @@ class Scenario:
             "local": chance.random() < 0.8,
             "rare": sorted(apart.sample(RARE, apart.randint(1, 2))) if apart.random() < 0.4 else [],
             "power_s": 2.0,
+            "direct": random.Random(f"{seed} direct").random() < 0.7,
             **(forced or {}),
         }
         self.faults: dict[str, int] = {}
@@ -73,7 +74,7 @@ class Scenario:
 
     async def run(self) -> None:
         world, p = self.world, self.parameters
-        world.net.slow = p["slow_ms"] / 1000
+        world.net.slow, world.direct = p["slow_ms"] / 1000, p["direct"]
         world.start_metad()
         for node in NODES:
             world.start_blockd(node)
@@ -314,6 +315,8 @@ class Scenario:
         world, old = self.world, self.guest
         if old is None or old.frontend.node == node or not world.registered(old.frontend.node):
             return
+        if not old.wrote:
+            return  # a write that it has asked for may still make it the writer
         home = old.frontend.node
         if world.blockds[home].process.frozen:
             return
@@ -352,12 +355,14 @@ class Scenario:
         await old.frontend.close()
 
     async def _reader(self, guest: Guest) -> None:
-        """A thread that only reads: others may have to wait for a write while the machine is alone."""
+        """A thread that only reads, also what is being written: others may have to wait while the machine is alone."""
         while guest.running:
             await asyncio.sleep(0.003)
             sector = self.world.chance.randrange(len(self.registers))
             register = self.registers[sector]
-            if not register.busy:
+            if register.busy:
+                await guest.read(sector, 1)
+            else:
                 register.busy = True
                 try:
                     await guest.read(sector, 1)

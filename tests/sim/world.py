@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import json
 import random
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, MutableSequence
 from typing import Any
 
 from msgpack import unpackb
@@ -22,6 +22,8 @@ from ukai.blockd.store import Store
 from ukai.config import Config
 from ukai.errors import NotFound, NotReady, StaleHandle, Timeout, UkaiError, Unreachable
 from ukai.frontend.core import Verdict, after_error, pause_s
+from ukai.frontend.shortcut import Loan, Shortcut
+from ukai.loans import NOT_LENT
 from ukai.messages import Header
 from ukai.metad import ops
 from ukai.metad.core import Core as MetaCore
@@ -164,6 +166,20 @@ class Transport:
         self.connection.open = False
 
 
+class SimPage:
+    """A page of loans; outlives the process that made it, as long as a frontend has it."""
+
+    def __init__(self, block_count: int) -> None:
+        self.lease: MutableSequence[float] = [0.0]
+        self.numbers: MutableSequence[int] = [NOT_LENT] * block_count
+
+    def clear(self) -> None:
+        self.numbers[:] = [NOT_LENT] * len(self.numbers)
+
+    def end(self) -> None:
+        self.lease[0] = 0.0
+
+
 class Blockd:
     """One blockd process on a node; its disk outlives it."""
 
@@ -181,6 +197,7 @@ class Blockd:
 
     def _start(self) -> None:
         world = self.world
+        world.end_loans(self.node)
         self.store = Store("/data", "%016d", self.disk, 64)
         self.store.open(f"store-{self.node}")
         world.check_kept_epochs(self.node, self.store)
@@ -192,11 +209,17 @@ class Blockd:
             wall=lambda: 1e9 + asyncio.get_running_loop().time(),
             new_id=lambda: f"inc{next(world.numbers)}",
             new_token=lambda: next(world.numbers) << 20,
+            new_page=self._new_page,
             boot_id=world.boots[self.node],
         )
         self.core = BlockCore(CONFIG, self.node, self.store, self.mirror, ports, Metrics())
         loop = asyncio.get_running_loop()
         self.background = [loop.create_task(self.core.keep_registered()), loop.create_task(self.core.keep_house())]
+
+    def _new_page(self, _uuid: str, block_count: int) -> SimPage:
+        page = SimPage(block_count)
+        self.world.pages[self.node].append(page)
+        return page
 
     async def _run_disk(self, function: Callable[..., Any], *args: Any) -> Any:
         delay_s = self.world.chance.uniform(0.0001, 0.003 + self.disk.slow_s)
@@ -406,6 +429,9 @@ class World:
         self.disks = {n: SimDisk(random.Random(f"{seed} {n}")) for n in NODES}
         self.boots = {n: f"boot {n} 0" for n in NODES}
         self.blockds: dict[str, Blockd] = {}
+        self.pages: dict[str, list[SimPage]] = {n: [] for n in NODES}
+        self.direct = False
+        """Whether frontends read lent block files."""
         self.metad: Metad | None = None
         self.dead: list[Process] = []
         self.trace: list[str] = []
@@ -446,6 +472,12 @@ class World:
             kill(self.metad.process)
             self.dead.append(self.metad.process)
 
+    def end_loans(self, node: str) -> None:
+        """As blockd does it for the pages of the process before it."""
+        for page in self.pages[node]:
+            page.end()
+        self.pages[node].clear()
+
     def kill_blockd(self, node: str, power: bool = False) -> None:
         server = self.blockds.get(node)
         if server is not None and server.alive:
@@ -456,6 +488,8 @@ class World:
                 asyncio.get_running_loop().call_later(DEATH_SEEN_S, _broken, future, context=NOBODY)
             if power:
                 self.powerless.add(node)
+                for page in self.pages[node]:
+                    page.end()  # whoever reads there has lost power too
                 self.disks[node].power_cut()
                 self.boots[node] = f"boot {node} {next(self.numbers)}"
             else:
@@ -641,9 +675,13 @@ class Frontend:
         self.name = f"frontend{next(world.numbers)}"
         self.number = next(world.numbers)
         self.epoch = -1
+        self.block_size = 1
         self.at = ""
         self.stale = ""
         self.closed = False
+        self.shortcut = Shortcut()
+        self.overdue: list[tuple[int, Blockd]] = []
+        """Writes that were not answered in time: their keys, and to whom they were sent."""
 
     async def keep(self) -> None:
         """Say each beat that the handle is open."""
@@ -661,8 +699,11 @@ class Frontend:
         if server is None or not server.alive:
             raise Unreachable("blockd is away")
         future: asyncio.Future[tuple[Header, Any]] = loop.create_future()
+        late: list[int] = []
 
         def reply(fields: Header, data: Any) -> None:
+            for key in late:
+                self.shortcut.write_ends(key)
             copy = unpackb(messages.pack(dict(fields)))
             kept = None if data is None else bytes(data)
             loop.call_later(0.00005, _resolve, future, (copy, kept), context=NOBODY)
@@ -674,6 +715,9 @@ class Frontend:
             async with asyncio.timeout(timeout_s):
                 fields, data = await future
         except TimeoutError:
+            if header["op"] in ("w", "z"):
+                late.append(self.shortcut.write_begins(header["o"], header.get("l", len(payload or b""))))
+                self.overdue += [(key, server) for key in late]
             raise Timeout("no answer from blockd") from None
         finally:
             server.asked.pop(future, None)
@@ -682,6 +726,67 @@ class Frontend:
 
     async def request(self, header: Header, payload: bytes | None, op_changes: bool) -> Any:
         """One request, as often as it takes, within io_timeout.  Raises UkaiError for what the guest sees as EIO."""
+        if header["op"] == "r":
+            data = await self._direct(header["o"], header["l"]) if self.world.direct else None
+            return data if data is not None else await self._request(header, None, op_changes)
+        if header["op"] == "f":
+            return await self._request(header, None, op_changes)
+        key = self.shortcut.write_begins(header["o"], header.get("l", len(payload or b"")))
+        try:
+            return await self._request(header, payload, op_changes)
+        finally:
+            self.shortcut.write_ends(key)
+
+    async def _direct(self, offset: int, length: int) -> bytes | None:
+        """Read a lent block file; any time may pass between the looks at the page."""
+        loop = asyncio.get_running_loop()
+        for key, server in self.overdue:
+            if not server.alive:
+                self.shortcut.write_ends(key)
+        self.overdue = [(key, server) for key, server in self.overdue if server.alive]
+        block, within_block = divmod(offset, self.block_size)
+        if within_block + length > self.block_size:
+            return None
+        loan = self.shortcut.loan(block, offset, length, loop.time())
+        if loan is None:
+            return None
+        await asyncio.sleep(self._pause_s())
+        data = bytes(length) if loan.file is None else bytes(loan.file.cache[within_block : within_block + length])
+        await asyncio.sleep(self._pause_s())
+        if len(data) != length or not self.shortcut.good(loan, block, offset, length, loop.time()):
+            return None
+        self.world.count("direct reads")
+        return data
+
+    def _pause_s(self) -> float:
+        chance = self.world.chance
+        return chance.uniform(0, 0.0002) if chance.random() < 0.98 else chance.uniform(0, 0.8)
+
+    async def _borrow(self, block: int) -> None:
+        loop = asyncio.get_running_loop()
+        server = self.world.blockds[self.node]
+        future: asyncio.Future[Loan | None] = loop.create_future()
+        header = {"inc": self.at, "h": self.number, "b": block}
+
+        def serve() -> None:
+            loan = None
+            try:
+                lent = server.core.frontends.lend(header)
+                file = None
+                if lent.descriptor >= 0:
+                    file = server.disk.inode(lent.descriptor)
+                    server.disk.close(lent.descriptor)
+                loan = Loan(lent.page, lent.number, file)
+            except UkaiError as e:
+                self.world.note(f"no loan of block {block}: {e.message}")
+            loop.call_later(self.world.chance.uniform(0, 0.001), _resolve, future, loan, context=NOBODY)
+
+        loop.call_soon(serve, context=server.process.context)
+        done, _ = await asyncio.wait({future}, timeout=0.1)
+        if done and (loan := future.result()) is not None:
+            self.shortcut.take(block, loan)
+
+    async def _request(self, header: Header, payload: bytes | None, op_changes: bool) -> Any:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + CONFIG.io_timeout
         for attempt in itertools.count():
@@ -691,7 +796,9 @@ class Frontend:
                 if not self.at:
                     await self._open(deadline)
                 fields = {**header, "h": self.number, "inc": self.at}
-                _, data = await self._exchange(fields, payload, deadline - loop.time())
+                reply, data = await self._exchange(fields, payload, deadline - loop.time())
+                if reply.get("lend") and self.world.direct:
+                    await self._borrow(header["o"] // self.block_size)
                 return data
             except Timeout:
                 raise
@@ -716,7 +823,7 @@ class Frontend:
         hello, _ = await self._exchange({"op": "hello", "frontend": self.name}, None, left)
         header = {"op": "open", "frontend": self.name, "h": self.number, "image": "disk", "epoch": self.epoch}
         reply, _ = await self._exchange({**header, "inc": hello["inc"]}, None, left)
-        self.epoch = reply["epoch"]
+        self.epoch, self.block_size = reply["epoch"], reply["block_size"]
         self.at = hello["inc"]
 
     async def close(self) -> None:

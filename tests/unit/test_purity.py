@@ -37,6 +37,9 @@ PURE = (
     "blockd/verify",
     "blockd/writes",
     "frontend/core",
+    "frontend/shortcut",
+    "loans",
+    "blockd/readable",
 )
 LIBRARY = {
     "__future__",

@@ -238,4 +238,4 @@ class Activity:
             self.warm.update(b for b in blocks if b in self.active and b not in self._doubtful)
             for block in blocks:
                 self._idle_since.pop(block, None)
-                c.readable.pop(block, None)
+                c.readable.drop(block)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from ukai.blockd.activity import Activity
 from ukai.blockd.flush import Flusher
-from ukai.blockd.image_store import ImageStore
 from ukai.blockd.marks import Marker
+from ukai.blockd.readable import Readable
 from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
 from ukai.blockd.writes import Hot, Op, Writes
@@ -58,8 +58,7 @@ class Coordinator:
         self.frozen: asyncio.Event | None = None
         """While the role is being given up: requests wait for it."""
         self.hot: dict[int, Hot] = {}
-        self.readable: dict[int, ImageStore | None] = {}
-        """block → local replica that may be read; None: never written, reads as zeros."""
+        self.readable = Readable(lambda: core.ports.new_page(uuid, self.image.block_count))
         self.inflight: dict[int, list[Op]] = {}
         self.locks: dict[int, list[tuple[int, int, asyncio.Future[None]]]] = {}
         """block → parts that a resync compares and copies (R11)."""
@@ -125,7 +124,7 @@ class Coordinator:
 
     def _suspect(self, block: int) -> None:
         self.hot.pop(block, None)
-        self.readable.pop(block, None)
+        self.readable.drop(block)
 
     def name(self) -> str:
         image = self.core.mirror.cluster.images.get(self.uuid)
@@ -133,14 +132,14 @@ class Coordinator:
 
     def changed(self, ranges: list[tuple[int, int]] | None) -> None:
         """The metadata of some blocks (None: of the whole image) have changed."""
-        if ranges is None or sum(b - a + 1 for a, b in ranges) > len(self.hot) + len(self.readable):
+        if ranges is None or sum(b - a + 1 for a, b in ranges) > len(self.hot) + len(self.readable.stores):
             self.hot.clear()
-            self.readable.clear()
+            self.readable.drop_all()
             return
         for first, last in ranges:
             for block in range(first, last + 1):
                 self.hot.pop(block, None)
-                self.readable.pop(block, None)
+                self.readable.drop(block)
 
     def holds(self, epoch: int) -> bool:
         return self.held and self.epoch == epoch

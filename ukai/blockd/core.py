@@ -32,6 +32,7 @@ from ukai.errors import (
     StaleSession,
     UkaiError,
 )
+from ukai.loans import Page
 from ukai.messages import Header, error_reply, integer, text
 from ukai.mirror import Mirror
 from ukai.model import Change
@@ -71,6 +72,8 @@ class Ports:
     wall: Callable[[], float]
     new_id: Callable[[], str]
     new_token: Callable[[], int]
+    new_page: Callable[[str, int], Page]
+    """For the loans of an image of so many blocks.  Raises OSError."""
     boot_id: str
 
 
@@ -97,6 +100,7 @@ class Core:
         self._beats = 0
         self._numbers = itertools.count(1)
         self.stopping = False
+        store.on_forget = self._files_forgotten
         mirror.on_change.append(self._changed)
         mirror.on_reset.append(self._reset)
 
@@ -149,6 +153,12 @@ class Core:
         if c is not None and c.held and epoch > c.epoch:
             c.role.lose(f"epoch {epoch} has begun")
 
+    def _files_forgotten(self, uuid: str, block: int | None) -> None:
+        """The store has let go of block files, since they are removed or made anew."""
+        c = self.coordinators.get(uuid)
+        if c is not None:
+            c.changed(None if block is None else [(block, block)])
+
     def _rebooted(self, node: str) -> None:
         for c in self.coordinators.values():
             if c.held:
@@ -194,6 +204,7 @@ class Core:
             c = self.coordinators.pop(change["uuid"], None)
             if c is not None:
                 c.role.lose("the image was removed")
+                c.readable.discard()
             self.frontends.closed.discard(change["uuid"])
 
     def _reset(self) -> None:
@@ -266,6 +277,9 @@ class Core:
         for uuid in reply.get("lost", []):
             if uuid in self.coordinators:
                 self.coordinators[uuid].role.lose("metad knows another writer")
+        for c in self.coordinators.values():
+            if c.held:
+                c.readable.renew(self.lease_until)
         self._beats += 1
         if self._beats % SAVE_BEATS == 0 and self.store.highest_seq < self.mirror.seq:
             self._save_store()

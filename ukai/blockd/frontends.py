@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.peer import Payload
+from ukai.blockd.reads import Lent
 from ukai.errors import NotFound, NotReady, RemoteProtocolError, StaleSession, UkaiError
 from ukai.messages import Header, error_reply, integer, show, text
 
@@ -79,10 +80,7 @@ class Frontends:
             if op == "beat":
                 reply(self._frontend_beat(header), None)
                 return
-            if header.get("inc") != self._core.inc:
-                raise StaleSession("this is another blockd process; open the image anew")
-            if self._core.stopping:
-                raise NotReady("blockd is stopping")
+            self._check_meant(header)
             do = self._ops.get(op) if type(op) is str else None
             if do is None:
                 raise RemoteProtocolError(f"op {show(op)} is not known here")
@@ -114,10 +112,10 @@ class Frontends:
         began = self._core.now()
         stats = self._core.metrics.op(op, c.name())
 
-        def done(error: UkaiError | None, data: Payload | None = None) -> None:
+        def done(error: UkaiError | None, data: Payload | None = None, lendable: bool = False) -> None:
             stats.done(self._core.now() - began, size, error is not None)
             if error is None:
-                reply({}, data)
+                reply({"lend": True} if lendable else {}, data)
             else:
                 reply(error_reply(error), None)
 
@@ -129,6 +127,26 @@ class Frontends:
         handle.coordinator.reads.read(
             integer(header, "o"), length, self._answer(reply, handle.coordinator, "read", length)
         )
+
+    def lend(self, header: Header) -> Lent:
+        """Lend a block that a read has offered.  Raises UkaiError.
+
+        Not while another frontend has the image open: it may have died with writes on their way here, which the new
+        one knows nothing of.
+        """
+        self._check_meant(header)
+        handle = self._handle(header)
+        c = handle.coordinator
+        if any(h.frontend != handle.frontend for h in self.handles.values() if h.coordinator is c):
+            raise NotReady("another frontend has this image open")
+        return c.reads.lend(integer(header, "b", 0, c.image.block_count - 1))
+
+    def _check_meant(self, header: Header) -> None:
+        """Raises StaleSession, NotReady."""
+        if header.get("inc") != self._core.inc:
+            raise StaleSession("this is another blockd process; open the image anew")
+        if self._core.stopping:
+            raise NotReady("blockd is stopping")
 
     def _write(self, header: Header, payload: Payload | None, reply: Reply) -> None:
         handle = self._handle(header)

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ukai.blockd.files import zeros
 from ukai.blockd.peer import Payload
 from ukai.blockd.role import RETRY_S
 from ukai.errors import Busy, DiskError, NotCoordinator, NotReady, UkaiError, Unreachable
+from ukai.loans import Page
 from ukai.model import IN_SYNC, written
 
 if TYPE_CHECKING:
     from ukai.blockd.coordinator import Coordinator
 
-ReadDone = Callable[[UkaiError | None, "Payload | None"], None]
+ReadDone = Callable[[UkaiError | None, "Payload | None", bool], None]
+"""Error or data, and whether the block may be lent (``Reads.lend``)."""
+
+
+@dataclass(slots=True)
+class Lent:
+    """One block lent to the frontend of this node."""
+
+    page: Page
+    number: int
+    descriptor: int
+    """Of the block file; whoever passes it on closes it.  −1: the block reads as zeros."""
 
 
 class Reads:
@@ -31,10 +44,10 @@ class Reads:
         if image is not None and c.held and c.now() < c.core.lease_until:
             block, within = divmod(offset, image.block_size)
             if within + length <= image.block_size and block not in c.inflight:
-                local = c.readable.get(block)
+                local = c.readable.stores.get(block)
                 if local is None:
-                    if block in c.readable:
-                        done(None, zeros(length))
+                    if block in c.readable.stores:
+                        done(None, zeros(length), self._lendable(block))
                         return
                 else:
                     try:
@@ -42,7 +55,7 @@ class Reads:
                     except UkaiError:
                         data = None
                     if data is not None:
-                        done(None, data)
+                        done(None, data, self._lendable(block))
                         return
         c.core.spawn(self._read_slow(offset, length, done))
 
@@ -53,11 +66,51 @@ class Reads:
             async with asyncio.timeout_at(deadline):
                 data = await self.read_anyhow(offset, length, deadline)
         except TimeoutError:
-            done(c.late("read"), None)
+            done(c.late("read"), None, False)
         except UkaiError as e:
-            done(e, None)
+            done(e, None, False)
         else:
-            done(None, data)
+            image = c.core.mirror.cluster.images.get(c.uuid)
+            done(None, data, image is not None and self._lendable(offset // image.block_size))
+
+    # --- loans
+
+    def _lendable(self, block: int) -> bool:
+        """Whether reads of the block need no other look than at what is in ``readable``, until it is dropped there.
+
+        A write under way may have lost its caller, and then only this process knows of it; while metad commits a mark
+        what was written may still vanish.  A block with checksums is read through here, to be checked.
+        """
+        c = self._c
+        image = c.core.mirror.cluster.images.get(c.uuid)
+        return (
+            block in c.readable.stores
+            and c.held
+            and c.frozen is None
+            and c.now() < c.core.lease_until
+            and block not in c.inflight
+            and block not in c.marker.pending
+            and image is not None
+            and not image.checksum
+            and c.core.config.short_circuit
+        )
+
+    def lend(self, block: int) -> Lent:
+        """Lend a block to the frontend.  Raises NotReady where it can't be lent now, DiskError."""
+        c = self._c
+        if not self._lendable(block):
+            raise NotReady(f"block {block} can't be lent now")
+        store = c.readable.stores[block]
+        descriptor = -1 if store is None else store.borrow(block)
+        try:
+            page, number = c.readable.lend(block, c.core.lease_until)
+        except OSError as e:
+            if store is not None:
+                store.disk.close(descriptor)
+            raise DiskError(f"no page for loans of image {c.name()}: {e.strerror}") from e
+        return Lent(page, number, descriptor)
+
+    # --- whatever it takes
 
     async def read_anyhow(self, offset: int, length: int, deadline: float) -> Payload:
         """A read by a node that may or may not be the writer.  Raises UkaiError."""
@@ -110,7 +163,7 @@ class Reads:
                 continue
             replicas = c.image.replicas(block)
             if not written(replicas):
-                c.readable[block] = None
+                c.readable.stores[block] = None
                 return zeros(length)
             suspects = c.marker.suspects(block)
             good = {n: r.generation for n, r in replicas.items() if r.status == IN_SYNC and n not in suspects}
@@ -134,7 +187,7 @@ class Reads:
                     if data is None:
                         data = await c.core.run_disk(store.read_beside, store.borrow(block), block, offset, length)
                     if self._readable_here(block, good[node]):
-                        c.readable[block] = store
+                        c.readable.stores[block] = store
                 else:
                     fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "g": good[node]}
                     peer = c.core.peer(node)

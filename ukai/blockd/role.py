@@ -102,6 +102,7 @@ class Role:
             return
         log.info("image %s: this node is no longer the writer (epoch %d): %s", c.name(), c.epoch, reason)
         c.held = False
+        c.readable.end()
         c.changed(None)
         c.activity.end()
         c.marker.abandon(NotCoordinator(reason))

@@ -21,6 +21,7 @@ from ukai import messages
 from ukai.blockd.core import Core, Ports
 from ukai.blockd.disk import Disk
 from ukai.blockd.frontends import Reply
+from ukai.blockd.lender import Lender
 from ukai.blockd.peer import Payload
 from ukai.blockd.store import Store
 from ukai.config import Config
@@ -87,6 +88,11 @@ class BlockServer:
         self.store.open(str(uuid.uuid4()))
         for line in self.store.strange:
             log.warning("%s", line)
+        self._lender = Lender(config.run_dir, config.loans_socket, self._garbage)
+        try:
+            self._lender.begin()
+        except OSError as e:
+            raise UkaiError(f"run_dir {config.run_dir} can't be used: {e.strerror}") from e
         self.mirror = Mirror(self.store.highest_seq, self.store.cluster_id)
         self._link = MetadLink(
             context, config, detail=True, mirror=self.mirror, on_request=self._from_metad, on_garbage=self._garbage
@@ -100,6 +106,7 @@ class BlockServer:
             wall=time.time,
             new_id=lambda: uuid.uuid4().hex[:16],
             new_token=lambda: secrets.randbits(48) << 12,
+            new_page=self._lender.new_page,
             boot_id=boot_id,
         )
         self.core = Core(config, node, self.store, self.mirror, ports, telemetry.metrics)
@@ -122,6 +129,7 @@ class BlockServer:
             port = bound(self._context, endpoint, limit, functools.partial(self._receive, holder, handle))
             holder.append(port)
             self._ports.append(port)
+        self._lender.start(self.core.frontends.lend)
         self._link.start()
         self._background = [
             supervise("registration", self.core.keep_registered()),
@@ -135,6 +143,7 @@ class BlockServer:
         for task in self._background:
             task.cancel()
         self._link.close()
+        self._lender.close()
         for port in self._ports:
             port.close()
         self._pool.shutdown(wait=True)

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 
 from ukai.blockd.disk import Disk
 from ukai.blockd.files import (
@@ -45,6 +46,8 @@ class Store:
         self.highest_seq = 0
         self.strange: list[str] = []
         """Directories under data_root that hold no image of ours, with the reason."""
+        self.on_forget: Callable[[str, int | None], None] = lambda uuid, block: None
+        """Called when descriptors of an image, or of one block, are not to be used any more."""
         self._lock_fd = -1
 
     def open(self, new_id: str) -> None:
@@ -226,6 +229,7 @@ class Store:
 
     def forget_files(self, uuid: str, block: int | None = None) -> None:
         """Close descriptors of an image, or of one block."""
+        self.on_forget(uuid, block)
         keys = [k for k in self.files if k[0] == uuid] if block is None else [(uuid, block)]
         for key in keys:
             fd = self.files.pop(key, -1)

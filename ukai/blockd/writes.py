@@ -158,8 +158,10 @@ class Writes:
                     if await self._settle(op):
                         await self._piece(handle, op.block, op.offset, data, length, deadline)
             except TimeoutError:
+                c.readable.drop(op.block)
                 done(Timeout("the write could not be completed in time"))
             except UkaiError as e:
+                c.readable.drop(op.block)
                 done(e)
             else:
                 done(None)
@@ -191,11 +193,22 @@ class Writes:
                 if sync:
                     await c.flusher.flush()
         except TimeoutError:
+            self._astray(offset, length)
             done(c.late("write"))
         except UkaiError as e:
+            self._astray(offset, length)
             done(e)
         else:
             done(None)
+
+    def _astray(self, offset: int, length: int) -> None:
+        """The caller hears of an error while parts may still be under way: reads must come here, to wait for them."""
+        c = self._c
+        image = c.core.mirror.cluster.images.get(c.uuid)
+        if image is not None:
+            last = min((offset + length - 1) // image.block_size, image.block_count - 1)
+            for block in range(offset // image.block_size, last + 1):
+                c.readable.drop(block)
 
     async def _piece(
         self, handle: Handle, block: int, offset: int, data: Payload | None, length: int, deadline: float

@@ -13,18 +13,22 @@ could overwrite what was written later.  A blockd that answers all else for long
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import zmq
 
 from ukai import messages
 from ukai.errors import RemoteProtocolError, StaleHandle, Timeout, UkaiError, Unreachable, from_wire
+from ukai.frontend.borrower import Borrower
 from ukai.frontend.core import Handle, Verdict, after_error, pause_s
+from ukai.frontend.shortcut import Shortcut
 from ukai.frontend.watch import Watch, dealer
 from ukai.messages import Header
 
@@ -47,7 +51,7 @@ class _Gone(Exception):
 class Channel:
     """One connected DEALER; belongs to one thread at a time."""
 
-    __slots__ = ("busy_bytes", "held_until", "number", "socket")
+    __slots__ = ("busy_bytes", "held_until", "number", "on_drop", "socket")
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         self.socket = dealer(context, endpoint)
@@ -55,6 +59,7 @@ class Channel:
         self.busy_bytes = -1
         """Bytes of the request under way; −1: none."""
         self.held_until = 0.0
+        self.on_drop: Callable[[], None] | None = None
 
 
 class Client:
@@ -63,7 +68,14 @@ class Client:
     Each request has one deadline as a whole; a lost or restarted blockd is waited for within it.
     """
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, io_timeout_s: float, beat_interval_s: float) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        io_timeout_s: float,
+        beat_interval_s: float,
+        borrower: Borrower | None = None,
+    ) -> None:
         self.name = secrets.token_hex(8)
         self.protocol_errors = 0
         self._context, self._endpoint = context, endpoint
@@ -76,6 +88,10 @@ class Client:
         self._numbers = itertools.count((secrets.randbits(30) << 32) + 1)
         self._handles: dict[int, Handle] = {}
         self._closing: set[int] = set()
+        self._borrower = borrower
+        """None: all reads go through blockd."""
+        self._shortcuts: dict[str, Shortcut] = {}
+        """By uuid of the image: what all its handles share."""
         self._closed = False
         self._watch = Watch(context, endpoint, beat_interval_s, self)
 
@@ -101,16 +117,27 @@ class Client:
         """Open ``handle``'s image at blockd; fills in what the reply says.  Raises UkaiError."""
         handle.number = next(self._numbers)
         handle.gate = threading.Lock()
-        self._handles[handle.number] = handle
+        with self._changed:
+            handle.shortcut = self._shortcuts.setdefault(handle.disk.uuid, handle.shortcut)
+            self._handles[handle.number] = handle
         try:
             self._open(handle, time.monotonic() + self._io_timeout_s)
         except BaseException:
-            self._handles.pop(handle.number, None)
+            self._forget(handle)
             raise
+
+    def _forget(self, handle: Handle) -> None:
+        with self._changed:
+            self._handles.pop(handle.number, None)
+            last = not any(h.shortcut is handle.shortcut for h in self._handles.values())
+            if last and not handle.shortcut.writes:
+                self._shortcuts.pop(handle.disk.uuid, None)
+        if last and self._borrower is not None:
+            self._borrower.forget(handle.shortcut)
 
     def close_handle(self, handle: Handle) -> None:
         """Forget a handle.  If blockd doesn't answer, Watch goes on telling it."""
-        self._handles.pop(handle.number, None)
+        self._forget(handle)
         if handle.at and handle.at == self._inc:
             self._closing.add(handle.number)
             try:
@@ -139,20 +166,35 @@ class Client:
     def read(self, handle: Handle, offset: int, into: memoryview) -> None:
         """Fill ``into`` with what the image holds at ``offset``.  Raises UkaiError."""
         size = len(into)
-        _, count = self._call({"op": "r", "h": handle.number, "o": offset, "l": size}, handle, None, into, size)
+        borrower = self._borrower
+        if borrower is not None:
+            block, within = divmod(offset, handle.block_size)
+            if within + size <= handle.block_size and borrower.read(handle.shortcut, block, within, offset, into):
+                return
+        reply, count = self._call({"op": "r", "h": handle.number, "o": offset, "l": size}, handle, None, into, size)
         if count != size:
             self.protocol_errors += 1
             raise RemoteProtocolError(f"blockd answered a read of {size} bytes with {count}")
+        if borrower is not None and reply.get("lend") is True:
+            borrower.ask(handle, block)
 
     def write(self, handle: Handle, offset: int, data: memoryview) -> None:
         """Raises UkaiError; without one, the data are where R4 wants them."""
         header: Header = {"op": "w", "h": handle.number, "o": offset, "s": handle.synchronous}
-        self._call(header, handle, data, None, len(data))
+        key = handle.shortcut.write_begins(offset, len(data))
+        try:
+            self._call(header, handle, data, None, len(data))
+        finally:
+            handle.shortcut.write_ends(key)
 
     def zero(self, handle: Handle, offset: int, length: int) -> None:
         """Raises UkaiError."""
         header = {"op": "z", "h": handle.number, "o": offset, "l": length, "s": handle.synchronous}
-        self._call(header, handle, None, None, 0)
+        key = handle.shortcut.write_begins(offset, length)
+        try:
+            self._call(header, handle, None, None, 0)
+        finally:
+            handle.shortcut.write_ends(key)
 
     def flush(self, handle: Handle) -> None:
         """All that was written is on disk (R7).  Raises UkaiError."""
@@ -187,9 +229,9 @@ class Client:
             elif not inc:
                 inc = self._await_blockd(deadline)
             header["inc"] = inc
-            uuid = handle.disk.uuid if handle is not None and changes_data else ""
+            writer = handle if changes_data else None
             try:
-                reply, count = self._exchange(inc, header, payload, into, size, deadline, uuid)
+                reply, count = self._exchange(inc, header, payload, into, size, deadline, writer)
             except _Gone:
                 continue
             code = reply.get("err")
@@ -225,9 +267,9 @@ class Client:
         into: memoryview | None,
         size: int,
         deadline: float,
-        uuid: str,
+        writer: Handle | None,
     ) -> tuple[Header, int]:
-        """Send once and wait.  Raises _Gone, Timeout; with ``uuid`` a request left unanswered holds back others."""
+        """Send once and wait.  Raises _Gone, Timeout; a write of ``writer`` left unanswered holds back others."""
         try:
             channel = self._free.pop()
         except IndexError:
@@ -272,8 +314,8 @@ class Client:
             channel.busy_bytes = -1
             if answered and len(self._free) < IDLE_CHANNELS:
                 self._free.append(channel)
-            elif sent and not received and uuid:
-                self._hold(uuid, channel, inc)
+            elif sent and not received and writer is not None:
+                self._hold(writer, header["o"], header.get("l", size), channel, inc)
             else:
                 self._drop(channel)
 
@@ -340,17 +382,21 @@ class Client:
                     raise Timeout(f"an earlier write to {handle.disk.name} has not been answered yet")
                 self._changed.wait(left)
 
-    def _hold(self, uuid: str, channel: Channel, inc: str) -> None:
+    def _hold(self, writer: Handle, offset: int, length: int, channel: Channel, inc: str) -> None:
         with self._changed:
             if self._inc == inc and not self._closed:
                 channel.held_until = time.monotonic() + HOLD_TIMEOUTS * self._io_timeout_s
-                self._overdue.setdefault(uuid, []).append(channel)
+                key = writer.shortcut.write_begins(offset, length)  # it may yet be done: no direct read may see it
+                channel.on_drop = functools.partial(writer.shortcut.write_ends, key)
+                self._overdue.setdefault(writer.disk.uuid, []).append(channel)
                 return
         self._drop(channel)
 
     def _drop(self, channel: Channel) -> None:
         self._all.discard(channel)
         channel.socket.close(0)
+        if channel.on_drop is not None:
+            channel.on_drop()
 
     def _drop_free(self) -> None:
         while self._free:
@@ -383,9 +429,13 @@ class Client:
             self._drop_held()
             self._drop_free()
             self._changed.notify_all()
+        if self._borrower is not None:
+            self._borrower.reset()
 
     def look_around(self) -> None:
-        """Let go what waits for an overdue write that has been answered meanwhile."""
+        """Let go what waits for an overdue write that has been answered meanwhile, and loans that were taken back."""
+        if self._borrower is not None:
+            self._borrower.look_around()
         if not self._overdue:
             return
         now = time.monotonic()

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from ukai.errors import NoSpace, StaleHandle, StaleSession, UkaiError
+from ukai.frontend.shortcut import Shortcut
 from ukai.model import Image
 
 NEW_HANDLE_EPOCH = -1
@@ -88,6 +89,8 @@ class Handle:
     stale: str = ""
     gate: Any = None
     """Lets one thread at a time open the handle again."""
+    shortcut: Shortcut = field(default_factory=Shortcut)
+    """Shared by all handles of the image."""
     reads: Any = None
     writes: Any = None
     """Statistics, kept here to save a look-up per request."""

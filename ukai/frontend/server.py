@@ -17,6 +17,7 @@ from ukai.config import Config
 from ukai.daemon import supervise
 from ukai.errors import RemoteProtocolError, UkaiError
 from ukai.frontend import binding, core, mount
+from ukai.frontend.borrower import Borrower
 from ukai.frontend.client import Client
 from ukai.frontend.files import Files
 from ukai.metalink import MetadLink
@@ -39,7 +40,8 @@ class FrontendServer:
     def __init__(self, config: Config, node: str, context: zmq.Context[Any], telemetry: Telemetry) -> None:
         self._config, self._node, self._metrics = config, node, telemetry.metrics
         self._library = binding.load(config.fuse_binding)
-        self._client = Client(context, config.blockd_endpoint, config.io_timeout, config.beat_interval)
+        borrower = Borrower(config.loans_socket, config.lent_files_limit) if config.short_circuit else None
+        self._client = Client(context, config.blockd_endpoint, config.io_timeout, config.beat_interval, borrower)
         self._files = Files(self._client, self._metrics, config.io_timeout)
         self._files.on_release = self._released
         self._link = MetadLink(context, config, detail=False, on_garbage=self._garbage)

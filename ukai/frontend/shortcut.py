@@ -1,0 +1,82 @@
+"""When a read may go around blockd, to a block file that it has lent; ``ukai/loans.py`` says what a loan is.
+
+Pure: no socket, file, thread or clock.  What was read must not vanish when this node dies, so a write that is not
+answered yet must not be seen: reads that overlap one go through blockd, which makes them wait.  All writes of this
+node pass through this process, and are noted here before they are sent.  A write that is never answered stays noted
+as long as it might still be done.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from ukai.loans import ZEROS, Page
+
+
+@dataclass(slots=True)
+class Loan:
+    """One block that was lent."""
+
+    page: Page
+    number: int
+    file: Any
+    """Closed when the last reader lets go of it; None: the block reads as zeros."""
+    used: bool = True
+
+
+class Shortcut:
+    """The loans of one image and its writes under way; shared by all handles of it."""
+
+    __slots__ = ("_keys", "loans", "page", "writes")
+
+    def __init__(self) -> None:
+        self.page: Page | None = None
+        self.loans: dict[int, Loan] = {}
+        self.writes: dict[int, tuple[int, int]] = {}
+        """key → first byte and end of a write or discard that has no answer."""
+        self._keys = itertools.count()
+
+    def write_begins(self, offset: int, length: int) -> int:
+        """To be called before a write is sent; the result is for ``write_ends``."""
+        key = next(self._keys)
+        self.writes[key] = (offset, offset + length)
+        return key
+
+    def write_ends(self, key: int) -> None:
+        """It was answered, or can't be done any more."""
+        self.writes.pop(key, None)
+
+    def loan(self, block: int, offset: int, length: int, now: float) -> Loan | None:
+        """What a read may be served from, if ``good`` says so again afterwards; None: ask blockd."""
+        page = self.page
+        if page is None:
+            return None
+        loan = Loan(page, ZEROS, None) if page.numbers[block] == ZEROS else self.loans.get(block)
+        return loan if loan is not None and self.good(loan, block, offset, length, now) else None
+
+    def good(self, loan: Loan, block: int, offset: int, length: int, now: float) -> bool:
+        """Whether a read is allowed now.  Asked before and after: what lies between may be any length of time."""
+        page = loan.page
+        if now >= page.lease[0] or page.numbers[block] != loan.number:
+            return False
+        if self.writes:
+            end = offset + length
+            for first, last in list(self.writes.values()):
+                if offset < last and first < end:
+                    return False
+        return True
+
+    def take(self, block: int, loan: Loan) -> None:
+        """blockd has lent a block."""
+        if loan.page is not self.page:
+            self.drop()
+            self.page = loan.page
+        if loan.file is not None:
+            self.loans[block] = loan
+
+    def drop(self) -> None:
+        """Let go of all loans."""
+        self.page = None
+        self.loans.clear()
