@@ -122,11 +122,12 @@ def create(soak: Soak, cluster: Cluster, name: str) -> None:
 
 
 def load(chance: random.Random) -> Load:
+    size, total = chance.choice([("4k", 8), ("16k", 16), ("64k", 32)])
     options = [
         f"--rw={chance.choice(['randwrite', 'randwrite', 'write'])}",
-        f"--bs={chance.choice(['4k', '16k', '64k', '4k-64k'])}",
+        f"--bs={size}",
         f"--iodepth={chance.choice([1, 8, 16])}",
-        f"--size={chance.choice([16, 32])}m",
+        f"--size={total}m",
         f"--offset={chance.choice([0, 8])}m",
         f"--rate={chance.choice([1, 2])}m,{chance.choice([1, 2])}m",
         f"--randseed={chance.randrange(1 << 30)}",
