@@ -66,7 +66,9 @@ class MetadLink:
 
     async def call(self, op: str, fields: Header, timeout_s: float) -> Header:
         """A request to metad; the mirror has taken what the reply relies on.  Raises UkaiError."""
-        reply, _ = await self.requester.call(op, {**fields, "since": self.mirror.seq}, timeout_s)
+        reply, _ = await self.requester.call(
+            op, {**fields, "since": self.mirror.seq, "maker": self.mirror.cluster.maker}, timeout_s
+        )
         self.mirror.take_reply(reply)
         return reply
 

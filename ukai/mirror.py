@@ -22,13 +22,14 @@ MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, Val
 class Mirror:
     """The copy and the rules by which it moves on.  Pure.
 
-    ``floor`` is the highest sequence this node ever saw: a metad below it is refused (R12).
+    ``floor`` is the highest sequence this node ever saw, made by the metad process ``floor_maker``: a metad below it,
+    or one that has another change there, is refused (R12).
     """
 
-    def __init__(self, floor: int = 0, cluster_id: str = "") -> None:
+    def __init__(self, floor: int = 0, cluster_id: str = "", maker: str = "") -> None:
         self.cluster = Cluster()
         self.inc = ""
-        self.floor = floor
+        self.floor, self.floor_maker = floor, maker
         self.cluster_id = cluster_id
         self.loaded = False
         self._former: deque[str] = deque(maxlen=FORMER_PROCESSES)
@@ -93,12 +94,16 @@ class Mirror:
                 if seq != self.cluster.seq + 1:
                     return False
                 self.cluster.apply(change)
-                self.floor = max(self.floor, seq)
+                self._seen()
                 for call in self.on_change:
                     call(change)
         except (*MALFORMED, LocalProtocolError) as e:
             self._broken(f"a change that can't be applied: {type(e).__name__}: {e}")
         return True
+
+    def _seen(self) -> None:
+        if self.cluster.seq >= self.floor:
+            self.floor, self.floor_maker = self.cluster.seq, self.cluster.maker
 
     def _broken(self, what: str) -> None:
         """The copy may be half changed: a snapshot is needed.  Raises RemoteProtocolError."""
@@ -115,8 +120,13 @@ class Mirror:
             cluster = Cluster.from_snapshot(snapshot)
         except MALFORMED as e:
             raise RemoteProtocolError(f"metad sent a snapshot that can't be read: {type(e).__name__}: {e}") from None
+        if not cluster.saw(self.floor, self.floor_maker):
+            raise Behind(
+                f"change {self.floor} of the metadata is not the one that this node has seen: metadata_root was copied "
+                "and has gone on in two places; stop the wrong metad"
+            )
         self.cluster = cluster
         self.loaded = True
-        self.floor = max(self.floor, self.cluster.seq)
+        self._seen()
         for call in self.on_reset:
             call()

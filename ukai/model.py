@@ -33,6 +33,7 @@ ALIGNMENT_BYTES = 4096
 BLOCK_SIZE_MIN_BYTES = 4096
 BLOCK_COUNT_MAX = 16_000_000
 SIZE_MAX_BYTES = 2**60
+RUNS_KEPT = 1000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
 Change = dict[str, Any]
@@ -253,6 +254,26 @@ class Cluster:
     names: dict[str, str] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     jobs: dict[str, Job] = field(default_factory=dict)
+    runs: list[tuple[int, str]] = field(default_factory=list)
+    """Each metad process that made changes: the number of its first one, and its name (R12)."""
+
+    @property
+    def maker(self) -> str:
+        """The metad process that made the last change."""
+        return self.runs[-1][1] if self.runs else ""
+
+    def saw(self, seq: int, maker: str) -> bool:
+        """Whether change ``seq``, as somebody saw it, made by ``maker``, is one of this metadata (R12).
+
+        Else this is an older copy, or a copy of which another one has gone on.
+        """
+        if seq > self.seq:
+            return False
+        made_by = ""
+        for first, inc in self.runs:
+            if first <= seq:
+                made_by = inc
+        return not made_by or not maker or made_by == maker
 
     def by_name(self, name: str) -> Image:
         """Raises NotFound."""
@@ -285,6 +306,8 @@ class Cluster:
             _update(self.jobs.setdefault(change["uuid"], Job(change["uuid"])), change)
         elif kind == "job-drop":
             self.jobs.pop(change["uuid"], None)
+        elif kind == "run":
+            self.runs = [*([] if change.get("anew") else self.runs), (self.seq + 1, change["inc"])][-RUNS_KEPT:]
         else:
             raise LocalProtocolError(f"change of kind {kind!r} does not exist")
         self.seq += 1
@@ -316,6 +339,7 @@ class Cluster:
             "seq": self.seq,
             "nodes": [n.row() for n in self.nodes.values()],
             "jobs": [j.row() for j in self.jobs.values()] if detail else [],
+            "runs": [list(r) for r in self.runs],
         }
 
     @classmethod
@@ -336,6 +360,7 @@ class Cluster:
             _update(self.nodes.setdefault(row["address"], Node(row["address"])), row)
         for row in data["jobs"]:
             _update(self.jobs.setdefault(row["uuid"], Job(row["uuid"])), row)
+        self.runs = [(first, inc) for first, inc in data["runs"]]
         self.seq = data["seq"]
         return self
 

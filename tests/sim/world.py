@@ -201,7 +201,7 @@ class Blockd:
         self.store = Store("/data", "%016d", self.disk, 64)
         self.store.open(f"store-{self.node}")
         world.check_kept_epochs(self.node, self.store)
-        self.mirror = Mirror(self.store.highest_seq, self.store.cluster_id)
+        self.mirror = Mirror(self.store.highest_seq, self.store.cluster_id, self.store.maker)
         ports = BlockPorts(
             metad=self._metad,
             connect=lambda node, received: Transport(world, self.node, node, self.process, received),
@@ -230,7 +230,10 @@ class Blockd:
 
     async def _metad(self, op: str, fields: Header, timeout_s: float) -> Header:
         reply = await self.world.ask_metad(
-            self.node, self.process, {**fields, "op": op, "since": self.mirror.seq}, timeout_s
+            self.node,
+            self.process,
+            {**fields, "op": op, "since": self.mirror.seq, "maker": self.mirror.cluster.maker},
+            timeout_s,
         )
         self.mirror.take_reply(reply)
         return reply
@@ -259,9 +262,16 @@ class Database:
 
     def load(self) -> Cluster:
         cluster = Cluster(cluster_id="cluster")
-        for _, _, _, change in self.entries:
+        for seq, _, _, change in self.entries:
+            cluster.seq = seq - 1
             cluster.apply(change)
         return cluster
+
+    def since(self, seq: int) -> list[list[Any]] | None:
+        """The changes above ``seq``; None where a snapshot is needed."""
+        wanted = self.committed.seq - seq
+        found = self.entries[len(self.entries) - wanted :] if 0 <= wanted <= len(self.entries) else []
+        return [list(e) for e in found] if not wanted or (found and found[0][0] == seq + 1) else None
 
 
 class Metad:
@@ -282,6 +292,7 @@ class Metad:
 
     def _start(self) -> None:
         self.core = MetaCore(self.database.load(), self, CONFIG, NODES[0], self.inc)
+        self.core.begin_run()
         asyncio.get_running_loop().create_task(self._beat())
 
     # the ports of the core
@@ -394,6 +405,8 @@ class Metad:
         """One request, as metad's server does it: the reply goes out after the commit."""
         since = header.get("since")
         try:
+            if isinstance(since, int) and header["op"] != "register":
+                self.core.check_seen(since, header.get("maker", ""))
             reply = ops.begin(self.core, header["op"], header)
             if not isinstance(reply, dict):
                 reply = await reply
@@ -407,10 +420,10 @@ class Metad:
             "cluster_id": self.core.cluster.cluster_id,
         }
         if isinstance(since, int):
-            stored = self.database.entries
-            if 0 <= since <= len(stored) and self.world.chance.random() < 0.9:
-                out["changes"] = [list(e) for e in stored[since:]]
-                out["seq"] = len(stored)
+            changes = self.database.since(since)
+            if since >= 0 and self.world.chance.random() < 0.9 and changes is not None:
+                out["changes"] = changes
+                out["seq"] = self.database.committed.seq
             else:
                 out["snapshot"] = self.database.committed.snapshot()
         return out
@@ -607,6 +620,7 @@ class World:
             if entry[0] != index + 1:
                 self.violation(f"metadata sequence {entry[0]} at place {index + 1}")
         if database is not self.database:
+            batch = [entry for entry in batch if entry[3]["t"] != "run"]  # it says no more than that it began
             if batch:
                 self.violation(f"a metad with an older database committed change {batch[0][0]}: {batch[0][2]}")
             return

@@ -236,7 +236,8 @@ class Core:
             "store_id": self.store.store_id,
             "boot_id": self.ports.boot_id,
             "serial": self.store.serial,
-            "highest_seq": max(self.store.highest_seq, self.mirror.floor),
+            "highest_seq": self.mirror.floor,
+            "maker": self.mirror.floor_maker,
             "cluster_id": self.store.cluster_id,
             "images": [image.inventory() for image in list(self.store.images.values())],
         }
@@ -252,7 +253,7 @@ class Core:
         log.info("registered at metad, change %d", self.mirror.seq)
 
     def _save_store(self) -> None:
-        self.store.highest_seq = max(self.store.highest_seq, self.mirror.seq)
+        self.store.highest_seq, self.store.maker = self.mirror.floor, self.mirror.floor_maker
         try:
             self.store.save()
         except OSError as e:

@@ -492,6 +492,16 @@ class ImageStore:
         except OSError as e:
             raise disk_error(e, f"{self.directory}/{GENERATIONS}") from e
 
+    def disowned(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """What lies here of some blocks is of no generation any more, and that is on the disk.  Raises DiskError."""
+        for first, last in ranges:
+            for block in range(first, last + 1):
+                self.disown(block)
+        try:
+            self.disk.fdatasync(self._gen_fd)
+        except OSError as e:
+            raise disk_error(e, f"{self.directory}/{GENERATIONS}") from e
+
     def drop(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Delete block files: only on an administrator's order.  Raises DiskError."""
         for first, last in ranges:

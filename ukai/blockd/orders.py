@@ -24,6 +24,8 @@ class Orders:
             "adopted": self._adopted,
             "drop": self._drop,
             "close": self._close,
+            "inventory": self._inventory,
+            "disown": self._disown,
         }
 
     async def answer(self, header: Header) -> Header:
@@ -72,6 +74,16 @@ class Orders:
         await self._core.run_disk(
             image.adopted, ranges(header, "ranges", image.block_count - 1), integer(header, "generation", 1)
         )
+        return {}
+
+    async def _inventory(self, header: Header) -> Header:
+        image = self._core.store.image(text(header, "uuid", 36))
+        found: Header = await self._core.run_disk(image.inventory)
+        return found
+
+    async def _disown(self, header: Header) -> Header:
+        image = self._core.store.image(text(header, "uuid", 36))
+        await self._core.run_disk(image.disowned, ranges(header, "ranges", image.block_count - 1))
         return {}
 
     async def _drop(self, header: Header) -> Header:

@@ -93,7 +93,7 @@ class BlockServer:
             self._lender.begin()
         except OSError as e:
             raise UkaiError(f"run_dir {config.run_dir} can't be used: {e.strerror}") from e
-        self.mirror = Mirror(self.store.highest_seq, self.store.cluster_id)
+        self.mirror = Mirror(self.store.highest_seq, self.store.cluster_id, self.store.maker)
         self._link = MetadLink(
             context, config, detail=True, mirror=self.mirror, on_request=self._from_metad, on_garbage=self._garbage
         )

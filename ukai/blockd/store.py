@@ -44,6 +44,8 @@ class Store:
         self.cluster_id = ""
         self.serial = 0
         self.highest_seq = 0
+        self.maker = ""
+        """The metad process that made that change (R12)."""
         self.strange: list[str] = []
         """Directories under data_root that hold no image of ours, with the reason."""
         self.on_forget: Callable[[str, int | None], None] = lambda uuid, block: None
@@ -98,6 +100,7 @@ class Store:
             fields = json.loads(data)
             self.store_id, self.cluster_id = words(fields, "store_id"), words(fields, "cluster_id")
             self.serial, self.highest_seq = whole(fields, "serial"), whole(fields, "highest_seq")
+            self.maker = words(fields, "maker") if "maker" in fields else ""
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             path = f"{self.root}/.ukai/store.json"
             raise UsageError(f"{path} is damaged ({e}); bring it back from a copy or move it away") from e
@@ -121,6 +124,7 @@ class Store:
             "cluster_id": self.cluster_id,
             "serial": self.serial,
             "highest_seq": self.highest_seq,
+            "maker": self.maker,
         }
         keep_record(self.disk, f"{self.root}/.ukai", "store.json", fields)
 

@@ -19,6 +19,7 @@ from ukai.ctl.commands import (
     importer,
     location,
     log,
+    metadata,
     metrics,
     migrate,
     node,
@@ -121,7 +122,7 @@ def cli() -> None:
 
 image.group.add_command(importer.command)
 image.group.add_command(export.command)
-for part in (image, location, hypervisor, node, sync):
+for part in (image, location, hypervisor, node, metadata, sync):
     cli.add_command(part.group)
 for verb in (status, migrate, verify, log, metrics, completion):
     cli.add_command(verb.command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from click.shell_completion import CompletionItem
 from ukai import config, model, ranges
 from ukai.ctl.client import Client, Deadline
 from ukai.ctl.render import Output
-from ukai.errors import NotFound, UkaiError, UsageError
+from ukai.errors import NotFound, Refused, UkaiError, UsageError
 from ukai.messages import Header
 
 DEFAULT_TIMEOUT_S = 10.0
@@ -204,6 +205,15 @@ NODE = _Known("node", _address, "node.list", "nodes", "address")
 SIZE = _Checked("size", model.parse_size)
 RATE = _Checked("rate", _rate)
 BLOCKS = _Checked("blocks", _blocks)
+
+
+def agree(price: str, question: str) -> None:
+    """Name the price of an order and ask.  Raises Refused without a yes, or where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise Refused(f"{price} To go on, add --yes")
+    click.echo(price, err=True)
+    if not click.confirm(question, err=True):
+        raise Refused("nothing was done")
 
 
 def once_each(nodes: Sequence[str], what: str) -> list[str]:

@@ -64,6 +64,19 @@ JOB: Map = {
     "rate_limit": None,
 }
 ERROR: Map = {"address": "", "since": None, "reason": "", "reported_by": []}
+SEEN: Map = {"address": "", "reported": False, "seq": 0, "reason": ""}
+HOLDING: Map = {
+    "location": False,
+    "reported": False,
+    "held": False,
+    "epoch": 0,
+    "written": 0,
+    "newest": 0,
+    "bad": [],
+    "bad_blocks": 0,
+}
+HELD: Map = {"name": "", "uuid": "", "blocks": 0, "epoch": 0, "newest": 0, "copies": {}}
+UNKNOWN: Map = {"name": "", "uuid": "", "nodes": []}
 METAD: Map = {"address": "", "version": "", "since": None}
 LOG: Map = {"time": None, "level": "", "node": "", "process": "", "logger": "", "message": ""}
 METRIC: Map = {"time": None, "node": "", "process": "", "metrics": []}
@@ -174,6 +187,20 @@ def status(raw: Map) -> Map:
         "images": summaries(raw.get("images")),
         "jobs": jobs(raw.get("jobs")),
         "errors": errors(raw.get("errors")),
+    }
+
+
+def holdings(raw: Map) -> Map:
+    """What the metadata knows and what nodes reported, of ``metadata show``."""
+    images = _maps(raw.get("images"), HELD)
+    for item in images:
+        item["copies"] = _named(item["copies"], HOLDING)
+    return {
+        "behind": raw.get("behind") is True,
+        "seq": raw.get("seq") if type(raw.get("seq")) is int else 0,
+        "nodes": _maps(raw.get("nodes"), SEEN),
+        "images": images,
+        "unknown": [{**item, "nodes": texts(item["nodes"])} for item in _maps(raw.get("unknown"), UNKNOWN)],
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ukai import messages
 from ukai.config import Config
@@ -19,7 +19,12 @@ from ukai.messages import Header
 from ukai.metad.adoption import HandMade
 from ukai.model import Change, Cluster, Image
 
+if TYPE_CHECKING:
+    from ukai.metad.registration import Report
+
 BEATS_UNTIL_DOWN = 3
+REPORT_LIMIT = 256
+"""Nodes whose report is kept while they may not take part."""
 CTL_TIMEOUT_S = 10.0
 CTL_MARGIN = 0.85
 """Part of the asker's time that requests to the nodes may take, so that the answer is back in time."""
@@ -113,6 +118,8 @@ class Core:
         self.sessions: dict[str, Session] = {}
         self.behind: dict[str, int] = {}
         """node → metadata sequence it has seen and we have not (R12)."""
+        self.reports: dict[str, Report] = {}
+        """What nodes that may not take part have said of themselves: an administrator decides by it."""
         self.refused: dict[str, str] = {}
         """node → why its registration is refused."""
         self.pending: dict[str, Pending] = {}
@@ -169,6 +176,15 @@ class Core:
             if not pending.settled.done():
                 pending.settled.set_result(None)
         self.pending.clear()
+        self.begin_run()
+
+    def begin_run(self, *, anew: bool = False) -> None:
+        """What is changed from here on is made by this process, and by no other that has the same past (R12).
+
+        ``anew``: of what was before nothing is known.
+        """
+        if anew or self.cluster.maker != self.inc:
+            self.commit([{"t": "run", "inc": self.inc, "anew": anew}], "metad begins")
 
     # --- look up
 
@@ -221,10 +237,40 @@ class Core:
         """Raises Behind while the metadata is older than what a node has seen (R12)."""
         if self.behind:
             node, seq = max(self.behind.items(), key=lambda item: item[1])
+            if seq <= self.cluster.seq:
+                raise Behind(
+                    f"node {node} has seen another change {seq} than there is here: metadata_root is an older copy, or "
+                    "a copy of which another metad has gone on; stop the wrong one, or say which copies to trust: "
+                    "ukai-ctl metadata show"
+                )
             raise Behind(
                 f"the metadata is at change {self.cluster.seq}, node {node} has seen change {seq}: metadata_root was "
-                "restored from an older copy; bring back the newest one and start metad again"
+                "restored from an older copy; bring back the newest one and start metad again, or say which copies "
+                "to trust: ukai-ctl metadata show"
             )
+
+    def check_seen(self, seq: int, maker: str) -> None:
+        """Raises Behind where an asker has seen another change ``seq`` than there is here (R12)."""
+        if seq <= self.cluster.seq and not self.cluster.saw(seq, maker):
+            raise Behind(f"change {seq} is another one here than the asker has seen: a copy of metadata_root goes on")
+
+    def keep(self, report: Report) -> None:
+        """Keep what a node that may not take part has reported."""
+        if report.node in self.reports or len(self.reports) < REPORT_LIMIT:
+            self.reports[report.node] = report
+
+    def begin_above(self, seq: int) -> None:
+        """Go on above a sequence that others have seen: the next change has the number after it (R12)."""
+        self.cluster.seq = max(self.cluster.seq, seq)
+
+    def current_again(self) -> None:
+        """The metadata was made to be the newest: all nodes register anew."""
+        self.behind.clear()
+        self.reports.clear()
+        self.sessions.clear()
+        self.counts.clear()
+        self.acquiring.clear()
+        self.pending.clear()
 
     # --- who lives
 

@@ -57,17 +57,19 @@ class History:
         """image → location → packed replicas: most of a snapshot, and most of it unchanged since the last one."""
 
     def extend(self, batch: Sequence[Entry]) -> list[bytes]:
-        """Take committed changes; returns them packed."""
+        """Take committed changes; returns them packed.  Changes before a jump of the sequence are forgotten."""
         packed = [_pack(entry) for entry in batch]
         for _, _, _, change in batch:
             if change["t"] == "replicas":
                 self._places.get(change["uuid"], {}).pop(change["node"], None)
             elif change["t"] == "image-drop":
                 self._places.pop(change["uuid"], None)
-        for item in packed:
+        for (seq, _, _, _), item in zip(batch, packed, strict=True):
+            if seq != self.seq + 1:
+                self.reset(seq - 1)
             self._ring.append(item)
             self._bytes += len(item)
-        self.seq += len(packed)
+            self.seq = seq
         while self._bytes > RING_BYTES:
             self._bytes -= len(self._ring.popleft())
         return packed

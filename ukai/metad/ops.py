@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ukai import messages
 from ukai.errors import RemoteProtocolError
 from ukai.messages import Header
-from ukai.metad import blocks, images, jobs, placement, registration, reports, roles
+from ukai.metad import accept, blocks, images, jobs, placement, registration, reports, roles
 from ukai.metad.core import Core
 
 Reply = Header | Coroutine[Any, Any, Header]
@@ -37,7 +37,7 @@ def _catchup(core: Core, fields: Header) -> Header:
 OPS: dict[str, Op] = {
     # blockd
     "register": Op(registration.register, True),  # refuses by itself, with both numbers
-    "beat": Op(registration.beat),
+    "beat": Op(registration.beat, True),  # as above
     "grant": Op(roles.grant),
     "grant.commit": Op(roles.grant_commit),
     "release": Op(roles.release),
@@ -59,6 +59,10 @@ OPS: dict[str, Op] = {
     "image.remove": Op(images.remove),
     "image.list": Op(reports.image_list, True),
     "image.show": Op(reports.image_show, True),
+    "image.accept": Op(accept.image_accept),
+    "node.accept": Op(accept.node_accept),
+    "metadata.show": Op(accept.metadata_show, True),
+    "metadata.accept": Op(accept.metadata_accept, True),
     "location.add": Op(placement.location_add),
     "location.remove": Op(placement.location_remove),
     "hypervisor.add": Op(placement.hypervisor_add),

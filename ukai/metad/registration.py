@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ukai import faults, messages
-from ukai.errors import Behind, Refused, RemoteProtocolError, UkaiError
+from ukai.errors import Behind, NotReady, Refused, RemoteProtocolError, UkaiError
 from ukai.messages import Header
 from ukai.metad import replicas
 from ukai.metad.core import Core, Session
-from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, Change, Cluster, Image, Node
-from ukai.ranges import RangeMap
+from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, Change, Cluster, Image, Node, Replica
+from ukai.ranges import RangeMap, RangeSet, show
 
 NO_DATA = "no data of this image on the node"
 RESTARTED = "node restarted while the block was active"
@@ -28,6 +28,9 @@ OLDER_STORE = "the node's data directory is an older copy"
 class Holding:
     """What a node has of one image."""
 
+    name: str = ""
+    epoch: int = 0
+    """The highest it has seen."""
     gens: RangeMap[int] = field(default_factory=RangeMap)
     bad: RangeMap[str] = field(default_factory=RangeMap)
 
@@ -43,6 +46,8 @@ class Report:
     serial: int
     highest_seq: int
     cluster_id: str
+    maker: str
+    """The metad process that made change ``highest_seq``."""
     images: dict[str, Holding]
 
 
@@ -60,7 +65,7 @@ def read(fields: Header) -> Report:
     for item in images:
         if type(item) is not dict:
             raise RemoteProtocolError("field images: a list of maps is wanted")
-        held[messages.text(item, "uuid", 64)] = Holding(_map(item, "gens", int), _map(item, "bad", str))
+        held[messages.text(item, "uuid", 64)] = holding(item)
     return Report(
         node=node,
         inc=messages.text(fields, "inc", 64),
@@ -69,7 +74,18 @@ def read(fields: Header) -> Report:
         serial=messages.integer(fields, "serial"),
         highest_seq=messages.integer(fields, "highest_seq"),
         cluster_id=messages.text(fields, "cluster_id", 64, default=""),
+        maker=messages.text(fields, "maker", 64, default=""),
         images=held,
+    )
+
+
+def holding(item: Header) -> Holding:
+    """One image of a report.  Raises RemoteProtocolError."""
+    return Holding(
+        name=messages.text(item, "name", 200, default=""),
+        epoch=messages.integer(item, "epoch", default=0),
+        gens=_map(item, "gens", int),
+        bad=_map(item, "bad", str),
     )
 
 
@@ -137,14 +153,51 @@ def compare(image: Image, report: Report, *, same_process: bool, rebooted: bool,
             if replica.generation:
                 marks.append((first, last, distrusted or NO_DATA))
             continue
-        marks.extend(holding.bad.within(first, last) if replica.generation else ())
-        if replica.status == IN_SYNC and not same_process and replica.generation:
-            marks.extend(_older(image, report.node, first, last, replica.generation, holding.gens))
-            if rebooted:
-                for a, b in image.active.within(first, last):
-                    marks.append((a, b, RESTARTED))
+        if same_process or replica.status == SYNCING:
+            marks.extend(holding.bad.within(first, last) if replica.generation else ())
+            continue
+        marks.extend(flaws(image, report.node, first, last, replica, holding))
+        if rebooted and replica.generation:
+            for a, b in image.active.within(first, last):
+                marks.append((a, b, RESTARTED))
     rows, _ = replicas.out_of_sync(image, report.node, _once(marks))
     return replicas.changes(image, {report.node: rows})
+
+
+def flaws(image: Image, node: str, first: int, last: int, replica: Replica, holding: Holding) -> list[replicas.Mark]:
+    """What is wrong with a node's in-sync replica of some blocks, as far as files and generations tell (R8)."""
+    if not replica.generation:
+        return []
+    return [*holding.bad.within(first, last), *_older(image, node, first, last, replica.generation, holding.gens)]
+
+
+def unsettled(image: Image, report: Report) -> RangeSet:
+    """The last copies in a distrusted directory that neither files nor generations tell from good ones."""
+    out = RangeSet()
+    holding = report.images.get(image.uuid)
+    if holding is None:
+        return out
+    for first, last, replica in image.locations.get(report.node, ()):
+        if replica.status != IN_SYNC or not replica.generation:
+            continue
+        wrong = RangeSet((a, b) for a, b, _ in flaws(image, report.node, first, last, replica, holding))
+        for a, b in wrong.gaps(first, last):
+            for c, d, state in image.segments(a, b):
+                if not any(r.status == IN_SYNC for n, r in state.items() if n != report.node):
+                    out.add(c, d)
+    return out
+
+
+def _held_back(core: Core, report: Report, distrusted: str) -> str:
+    """Why a node with an older copy of its directory is not taken in: nobody else can say what is right (R9)."""
+    found = {i.name: blocks for i in core.cluster.images.values() if len(blocks := unsettled(i, report))}
+    if not found:
+        return ""
+    what = ", ".join(f"{show(list(blocks)[:5])} of image {name}" for name, blocks in sorted(found.items())[:5])
+    return (
+        f"{distrusted}, and node {report.node} has the last in-sync copy of blocks {what}: bring the right data_root "
+        f"back, or take what it holds: ukai-ctl node accept {report.node}"
+    )
 
 
 def _older(image: Image, node: str, first: int, last: int, generation: int, gens: RangeMap[int]) -> list[replicas.Mark]:
@@ -182,15 +235,22 @@ def register(core: Core, fields: Header) -> Header:
         core.refused[node] = reason
         core.sessions.pop(node, None)
         raise (Behind if report.cluster_id not in ("", cluster.cluster_id) else Refused)(reason)
-    if report.highest_seq > cluster.seq:
+    if not cluster.saw(report.highest_seq, report.maker):
         core.behind[node] = report.highest_seq
+    if core.behind:
+        core.keep(report)
     core.check_current()
-    core.refused.pop(node, None)
     known = cluster.nodes.get(node)
     former = core.sessions.get(node)
     same = known is not None and known.inc == report.inc
     rebooted = known is not None and known.boot_id not in ("", report.boot_id)
     distrusted = distrust(known, former.saved_seq if former is not None else 0, report)
+    if distrusted and (reason := _held_back(core, report, distrusted)):
+        core.refused[node] = reason
+        core.keep(report)
+        raise Refused(reason)
+    core.refused.pop(node, None)
+    core.reports.pop(node, None)
     serial = max(report.serial, known.serial if known is not None else 0)
     changes: list[Change] = []
     row: Change = {"store_id": report.store_id, "boot_id": report.boot_id, "inc": report.inc}
@@ -218,6 +278,8 @@ def register(core: Core, fields: Header) -> Header:
 
 def beat(core: Core, fields: Header) -> Header:
     """A node lives; its lease goes on, but not for roles that are being taken from it (R3)."""
+    if core.behind and fields.get("node") not in core.reports:
+        raise NotReady("older metadata was restored: register anew, so that it is known what each node has")
     core.check_current()
     session = core.session(fields)
     node = session.node

@@ -111,6 +111,7 @@ class Server:
             self._store.close()
             raise
         self._port.on_idle = self.flush
+        self.core.begin_run()
         self._metrics.gauges.append(self._gauges)
         self._beat = supervise("beat", self._beats())
         log.info("cluster %s, change %d, %d images", cluster.cluster_id, cluster.seq, len(cluster.images))
@@ -259,6 +260,8 @@ class Server:
             self._refuse(asked.envelope, asked.id, NotReady(self._problem()))
             return
         try:
+            if asked.since is not None and asked.op != "register":  # that one says what is the matter by itself
+                self.core.check_seen(asked.since, messages.text(header, "maker", 64, default=""))
             reply = ops.begin(self.core, asked.op, header)
         except Exception as e:
             self._failed(asked, e)

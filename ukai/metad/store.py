@@ -60,6 +60,7 @@ class Store:
         self._db: sqlite3.Connection | None = None
         self._lock_fd = -1
         self._oldest = 1
+        self._seq = 0
         self._full = False
         """The last commit failed for want of space, and for no other reason."""
         self._places: dict[tuple[str, str], int] = {}
@@ -184,7 +185,9 @@ class Store:
             raise DiskError(
                 f"{self.path} is damaged: changes {low} to {high} are {rows} rows, the metadata is at {cluster.seq}"
             )
+        cluster.runs = [(first, inc) for first, inc in msgpack.unpackb(meta["runs"])] if "runs" in meta else []
         self._oldest = low or 1
+        self._seq = cluster.seq
         for uuid, row, active in db.execute("SELECT uuid, row, active FROM image"):
             image = Image(uuid)
             _fill(image, row)
@@ -264,6 +267,7 @@ class Store:
         dropped: set[str] = set()
         nodes: set[str] = set()
         jobs: set[str] = set()
+        begun = False
         touched: dict[tuple[str, str], RangeSet] = {}
         for _, _, _, change in batch:
             kind = change["t"]
@@ -283,6 +287,10 @@ class Store:
                 nodes.add(change["address"])
             elif kind in ("job", "job-drop"):
                 jobs.add(change["uuid"])
+            elif kind == "run":
+                begun = True
+        if begun:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('runs', ?)", (msgpack.packb(cluster.runs),))
         for uuid in dropped:
             self._drop(db, uuid)
         for uuid in rows & cluster.images.keys():
@@ -302,7 +310,12 @@ class Store:
         for uuid in jobs:
             job = cluster.jobs.get(uuid)
             _put(db, "job", "uuid", uuid, _pack_row(job.row()) if job is not None else None)
-        db.execute("UPDATE meta SET value = ? WHERE key = 'seq'", (batch[-1][0],))
+        for seq, _, _, _ in batch:
+            if seq != self._seq + 1:  # older metadata was accepted: the history begins anew (R12)
+                db.execute("DELETE FROM change WHERE seq < ?", (seq,))
+                self._oldest = seq
+            self._seq = seq
+        db.execute("UPDATE meta SET value = ? WHERE key = 'seq'", (self._seq,))
 
     def _drop(self, db: sqlite3.Connection, uuid: str) -> None:
         db.execute("DELETE FROM image WHERE uuid = ?", (uuid,))

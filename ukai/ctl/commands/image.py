@@ -1,4 +1,4 @@
-"""``ukai-ctl image``: create, list, show, remove."""
+"""``ukai-ctl image``: create, list, show, remove, accept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import click
 
 from ukai import model
 from ukai.ctl import render, schema
-from ukai.ctl.params import IMAGE, NODE, SIZE, Group, Session, once_each, pass_session
+from ukai.ctl.params import (
+    BLOCKS,
+    IMAGE,
+    NODE,
+    SIZE,
+    Group,
+    Session,
+    agree,
+    once_each,
+    pass_session,
+    within_image,
+)
 from ukai.ctl.schema import Map
 from ukai.ranges import show
 
@@ -145,6 +156,43 @@ def remove(session: Session, name: str, delete_data: bool, force: bool) -> None:
         return
     session.out.line(f"{name}: " + ("removed, its data deleted" if delete_data else "offline, its data kept"))
     session.out.notes(notes)
+
+
+@group.command(example="ukai-ctl image accept image01 192.0.2.100 --blocks 0-63")
+@click.argument("image", type=IMAGE)
+@click.argument("node", type=NODE)
+@click.option("--blocks", type=BLOCKS, metavar="A-B", help="Only these, as 0-3,7.  [default: all]")
+@click.option("--zeros", is_flag=True, help="Blocks of which the node has no usable file read as zeros from now on.")
+@click.option("--force", is_flag=True, help="Even where a node with an in-sync copy can't be reached: it is given up.")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@pass_session
+def accept(
+    session: Session, image: str, node: str, blocks: list[tuple[int, int]] | None, zeros: bool, force: bool, yes: bool
+) -> None:
+    """Take what a node holds for the truth, of blocks that have no usable in-sync copy any more.
+
+    For a last copy that is refused: an older file came back, or it is missing or cut.  Blocks with a good in-sync
+    copy stay as they are.  The image must not be open.
+    """
+    if not yes:
+        price = f"{image}: what {node} holds counts from now on, however old it is; the other copies are out-of-sync."
+        price += " Blocks without a usable file there become zeros." if zeros else ""
+        price += " In-sync copies on nodes that can't be reached are given up." if force else ""
+        agree(f"{price} Run fsck in the machine afterwards.", f"Accept the copy of {node}?")
+    with session.client() as client:
+        fields = {"name": image, "node": node, "ranges": within_image(client, image, blocks), "zeros": zeros}
+        reply = client.call("image.accept", {**fields, "force": force})
+    changed, notes = schema.summary(reply.get("image")), schema.texts(reply.get("notes"))
+    accepted, blank = schema.block_ranges(reply.get("accepted")), schema.block_ranges(reply.get("zeros"))
+    if session.as_json:
+        session.out.json({"image": changed, "accepted": accepted, "zeros": blank, "notes": notes})
+        return
+    text = show((a, b) for a, b in accepted)
+    session.out.line(
+        f"{image}: the copy of {node} is accepted for blocks {text}"
+        + (f"; zeros are {show((a, b) for a, b in blank)}" if blank else "")
+    )
+    session.out.notes([*notes, f"bring the other copies up to date with: ukai-ctl sync start {image}"])
 
 
 def show_changed(session: Session, image: Map, notes: list[str], what: str) -> None:

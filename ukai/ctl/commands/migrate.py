@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from ukai.ctl import schema
-from ukai.ctl.params import IMAGE, NODE, Command, Session, pass_session
-from ukai.errors import Refused
+from ukai.ctl.params import IMAGE, NODE, Command, Session, agree, pass_session
 
 
 @click.command(
@@ -46,8 +43,4 @@ def _agree(session: Session, image: str, node: str) -> None:
         f"{image}: if the writer, {writer or 'nobody now'}, can't be asked to finish, what a machine there wrote and "
         "did not fsync may be lost, and its open handles get I/O errors. Be sure that it no longer runs there."
     )
-    if not sys.stdin.isatty():
-        raise Refused(f"{price} To go on, add --yes")
-    click.echo(price, err=True)
-    if not click.confirm(f"Move {image} to {node}?", err=True):
-        raise Refused("nothing was done")
+    agree(price, f"Move {image} to {node}?")
