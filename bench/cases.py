@@ -7,6 +7,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from bench import fio
 from bench.measure import fill, timed
@@ -27,6 +28,7 @@ COUNTS = (1, 2, 4, 8, 16)
 BLOCK_SIZES = {4: 64 * 2**20, 256: 2**20, 1024: 2**18, 4096: 2**16}
 """Number of blocks of an image of CURVE_BYTES → their size."""
 CURVE_BYTES = 256 * 2**20
+LOSS_BLOCKS, LOSS_BLOCK_BYTES = 10_000, 2**16
 RAMP_S = 0.5
 SECTOR_BYTES = 4096
 
@@ -118,6 +120,36 @@ def cold(cluster: Cluster, keep: Keep, runtime_s: float) -> None:
                 )
                 found = fio.outcome(report["jobs"][0], FILL)
                 keep(Sample("ukai", f"seq-{state}-blocks-{label}", round(found.value, 1), MBPS, p99_us=found.p99_us))
+
+
+def loss(cluster: Cluster, keep: Keep, runtime_s: float) -> None:
+    """A node is lost under a guest that writes to LOSS_BLOCKS blocks, twice: what metad is asked for."""
+    size = LOSS_BLOCKS * LOSS_BLOCK_BYTES
+    with scratch(cluster, ["loss"], size, (1, 3), "--block-size", str(LOSS_BLOCK_BYTES)):
+        cluster.kill(3, "blockd")
+        try:
+            for row in ("requests-marked", "requests-marked-again"):
+                before = mark_requests(cluster)
+                fill(cluster.path("loss"), size, [], lambda: abandon(cluster))
+                keep(Sample("metad", row, mark_requests(cluster) - before, "requests"))
+            lost = cluster.image("loss")["locations"][cluster.node(3)]
+            assert lost["out_of_sync"] == LOSS_BLOCKS, f"the loss did not touch all blocks: {lost}"
+        finally:
+            cluster.start(3, "blockd")
+
+
+def mark_requests(cluster: Cluster) -> int:
+    """How many marks metad has been asked for until now, as its metrics say."""
+    published: list[dict[str, Any]] = [
+        # the first may be from before the last request
+        cluster.ctl("metrics", "--process", "metad", "--once", "--name", "ukai_requests_total")
+        for _ in range(2)
+    ]
+    return sum(int(m["value"]) for m in published[-1]["metrics"] if _counts_marks(m))
+
+
+def _counts_marks(metric: dict[str, Any]) -> bool:
+    return bool(metric["name"] == "ukai_requests_total" and metric["labels"].get("op") == "mark")
 
 
 def curves(cluster: Cluster, keep: Keep, runtime_s: float) -> None:

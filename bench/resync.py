@@ -88,35 +88,40 @@ def _keep_rate(keep: Keep, row: str, job: dict[str, Any], size_bytes: int) -> No
 
 
 def _foreground(cluster: Cluster, keep: Keep, runtime_s: float) -> None:
-    """A guest's latencies without and with a resync at the default limit; then the limit changes under way."""
+    """A guest's latencies without and with a resync at the default limit; then the limit changes under way.
+
+    Both times its writes go to two nodes.
+    """
+    alone = _guest(cluster, keep, "alone", runtime_s)
     _degrade(cluster, "resync", lambda: fill(cluster.path("resync"), SIZE_BYTES, [], lambda: abandon(cluster)))
-    tails = {}
-    for state in ("alone", "beside"):
-        if state == "beside":
-            cluster.ctl("sync", "start", "resync")
-        line = fio.command(FOREGROUND, cluster.path("resync"), SIZE_BYTES, runtime_s, RAMP_S)
-        job = fio.run(line, runtime_s + fio.END_S, lambda: abandon(cluster))["jobs"][0]
-        if state == "beside":
-            assert _job(cluster, "resync")["state"] == "running", "the resync ended before the guest did"
-        for side in ("read", "write"):
-            found = fio.outcome(job, Row("", "", IOPS, side, FOREGROUND.options))
-            tails[state, side] = found.p99_us
-            row = f"guest-{state}-{side}"
-            keep(Sample("resync", row, round(found.value, 1), IOPS, p50_us=found.p50_us, p99_us=found.p99_us))
+    cluster.ctl("sync", "start", "resync")
+    beside = _guest(cluster, keep, "beside", runtime_s)
+    assert _job(cluster, "resync")["state"] == "running", "the resync ended before the guest did"
     for side in ("read", "write"):
-        keep(Sample("resync", f"p99-{side}", round(tails["beside", side] / tails["alone", side], 2), "× of without"))
+        keep(Sample("resync", f"p99-{side}", round(beside[side] / alone[side], 2), "× of without"))
     _change_limit(cluster, keep)
+
+
+def _guest(cluster: Cluster, keep: Keep, state: str, runtime_s: float) -> dict[str, float]:
+    """Run the guest's load: the p99 of its reads and writes in µs."""
+    line = fio.command(FOREGROUND, cluster.path("resync"), SIZE_BYTES, runtime_s, RAMP_S)
+    job = fio.run(line, runtime_s + fio.END_S, lambda: abandon(cluster))["jobs"][0]
+    tails = {}
+    for side in ("read", "write"):
+        found = fio.outcome(job, Row("", "", IOPS, side, FOREGROUND.options))
+        tails[side] = found.p99_us
+        row = f"guest-{state}-{side}"
+        keep(Sample("resync", row, round(found.value, 1), IOPS, p50_us=found.p50_us, p99_us=found.p99_us))
+    return tails
 
 
 def _change_limit(cluster: Cluster, keep: Keep) -> None:
     """Another limit while the resync runs: what it copies from then on."""
     cluster.ctl("sync", "rate", "resync", str(NEW_LIMIT_BYTES))
     before, began = _job(cluster, "resync"), time.monotonic()
-    seen = {before["bytes_copied"]}
 
     def watched() -> dict[str, Any] | None:
         job = _job(cluster, "resync")
-        seen.add(job["bytes_copied"])
         return job if time.monotonic() - began >= WATCH_S or job["state"] != "running" else None
 
     after = wait_for(watched, "a stretch of the resync", WATCH_S * 3)

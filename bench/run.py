@@ -29,7 +29,7 @@ from bench.rows import BY_NAME, LARGE_READ, LARGE_WRITE
 from bench.systems import FILE_BYTES, GlusterFS, MooseFS
 from ukai.config import Config
 
-PARTS = ("rows", "memory", "images", "cold", "curves", "resync", "scale")
+PARTS = ("rows", "memory", "images", "cold", "curves", "loss", "resync", "scale")
 RAMP_S = 0.5
 QUICK = {"rounds": 1, "runtime": 2.0, "parts": ["rows", "memory", "images", "cold"]}
 QUICK_ROWS = ["seq-write", "seq-read", "rand-read-1", "rand-write-1", "write-fsync"]
@@ -177,9 +177,11 @@ class Run:
         ukai = self._contenders.ukai
         self.part("rows", self.rows)
         self.part("memory", self.memory)
-        for name, work in (("images", cases.images), ("cold", cases.cold), ("curves", cases.curves)):
+        for name, work in (
+            *(("images", cases.images), ("cold", cases.cold)),
+            *(("curves", cases.curves), ("loss", cases.loss), ("resync", resync.measure)),
+        ):
             self.part(name, lambda work=work: work(ukai.start(directory / "ukai"), self.keep, runtime_s))  # type: ignore[misc]
-        self.part("resync", lambda: resync.measure(ukai.start(directory / "ukai"), self.keep, runtime_s))
         self._contenders.close()  # what follows needs no mount
         self.part("scale", lambda: scale.measure(directory / "scale", self.keep))
 
