@@ -58,6 +58,9 @@ class Config:
     active_limit: int = _key(128, "blocks of one image that may be active at once", low=2, high=100000)
     active_idle: float = _key(10.0, "an active block not written for so long is retired", low=0.1, high=3600)
     active_age: float = _key(60.0, "an active block is announced anew after so long", low=1, high=86400)
+    flush_window: int = _key(
+        16 * 2**20, "flush images: bytes acknowledged that not every replica has answered yet", low=4096, high=2**30
+    )
     sync_rate: int = _key(200 * 2**20, "bytes per second one resync may copy; 0: no limit", low=0, high=2**40)
     sync_chunk: int = _key(2**20, "bytes compared and copied at a time", low=4096, high=4 * 2**20)
     sync_window: int = _key(4, "chunks under way at a time", low=1, high=64)

@@ -39,10 +39,14 @@ class World:
             store=SimpleNamespace(image=lambda uuid: None),
             peer=lambda node: SimpleNamespace(ask=self._ask),
         )
+        self.behind = SimpleNamespace(ops={}, settled=self._settled)
         coordinator = SimpleNamespace(
-            own=OWN, uuid="u", epoch=3, hot={}, image=image, core=core, marker=SimpleNamespace(mark=self._mark)
+            own=OWN, uuid="u", epoch=3, hot={}, image=image, core=core, mark=self._mark, behind=self.behind
         )
         self.flusher = Flusher(cast(Coordinator, coordinator))
+
+    async def _settled(self, ops: list[object]) -> None:
+        assert not ops
 
     async def _flush_here(self, image: object, blocks: list[int]) -> dict[int, str]:
         self.flushed.append((OWN, blocks))

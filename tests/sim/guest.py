@@ -124,8 +124,14 @@ class Guest:
         await asyncio.sleep(self.world.chance.expovariate(1 / 0.01))
         return self.running
 
+    def stale(self) -> bool:
+        """Whether what was acknowledged to it may be gone: it must not be served any more."""
+        early = self.world.early
+        return early is not None and early.is_stale(self.frontend.node, self.frontend.epoch)
+
     async def write(self, first: int, count: int, discard: bool = False) -> bool:
         world = self.world
+        was_stale = self.stale()
         span = self.registers[first : first + count]
         values = [0 if discard else next(world.numbers) for _ in span]
         for register, value in zip(span, values, strict=True):
@@ -141,6 +147,9 @@ class Guest:
         except UkaiError as e:
             world.note(f"write {first}+{count} failed: {e.message}")
             acknowledged = False
+        if acknowledged and was_stale:
+            world.violation(f"write {first}+{count} on {self.frontend.node}, whose writes may be lost, is acknowledged")
+        acknowledged = acknowledged and not self.stale()  # it came too late to count for anything
         if self.dead:
             for register, value in zip(span, values, strict=True):
                 register.pending.discard(value)
@@ -153,7 +162,7 @@ class Guest:
                 self.mine[sector] = (value, began)
             else:
                 self.mine.pop(sector, None)
-        if acknowledged:
+        if acknowledged and world.early is None:
             self._everywhere(first, values)
         world.note(f"{self.frontend.node} write {first}+{count} {values[0]}.. {'ok' if acknowledged else 'failed'}")
         world.count("acknowledged" if acknowledged else "failed")
@@ -193,6 +202,7 @@ class Guest:
         world = self.world
         span = self.registers[first : first + count]
         readers = [r.read_begins() for r in span]
+        was_stale = self.stale()
         began = asyncio.get_running_loop().time()
         try:
             data = await self.frontend.request({"op": "r", "o": first * SECTOR, "l": count * SECTOR}, None, False)
@@ -202,6 +212,8 @@ class Guest:
             for register, reader in zip(span, readers, strict=True):
                 register.read_ends(reader, None)
             return False
+        if was_stale:
+            world.violation(f"read {first}+{count} on {self.frontend.node}, whose writes may be lost, is answered")
         self._in_time(began, f"read {first}+{count}")
         world.count("reads")
         for index, (register, reader) in enumerate(zip(span, readers, strict=True)):
@@ -218,6 +230,7 @@ class Guest:
     async def flush(self) -> bool:
         covered = [(r, set(r.possible)) for r in self.registers]
         settled = dict(self.mine)
+        was_stale = self.stale()
         try:
             await self.frontend.request({"op": "f"}, None, True)
         except UkaiError as e:
@@ -225,9 +238,11 @@ class Guest:
             self.world.count("failed flushes")
             self.mine.clear()  # it has been told
             return False
+        if was_stale:
+            self.world.violation(f"a flush on {self.frontend.node}, whose writes may be lost, succeeds")
         self.world.count("flushes")
         self.world.note("flushed")
-        if not self.dead:
+        if not self.dead and not self.stale():
             self._stored(settled)
         for register, values in covered:
             register.unflushed = register.possible | values

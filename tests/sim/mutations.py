@@ -38,6 +38,7 @@ DEFAULT: dict[str, Any] = {
     "slow_ms": 1.0,
     "rare": [],
     "direct": True,
+    "replication": "sync",
 }
 
 
@@ -156,11 +157,10 @@ def _acknowledge_before_mark() -> list[Patch]:
 
 def _failed_replica_forgotten() -> list[Patch]:
     async def settle(self: writes.Writes, op: writes.Op) -> bool:
-        self._untrack(op)
         self._c.hot.pop(op.block, None)
         return False
 
-    return [(writes.Writes, "_settle", settle)]
+    return [(writes.Writes, "settle", settle)]
 
 
 def _first_answer_is_enough() -> list[Patch]:
@@ -226,7 +226,7 @@ def _unannounced() -> list[Patch]:
 
 
 def _nothing_reconciled() -> list[Patch]:
-    return [(replicas, "reconciled", lambda image, node, fenced: {})]
+    return [(replicas, "reconciled", lambda image, node, fenced, keeper: {})]
 
 
 def _retired_unflushed() -> list[Patch]:

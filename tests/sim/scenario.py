@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.sim.disk import Copy, SimDisk
+from tests.sim.early import Early
 from tests.sim.guest import SECTOR, Guest, Register
 from tests.sim.loop import CURRENT, VirtualLoop
 from tests.sim.world import CONFIG, METAD, NODES, Frontend, World
@@ -57,6 +58,7 @@ class Scenario:
             "rare": sorted(apart.sample(RARE, apart.randint(1, 2))) if apart.random() < 0.4 else [],
             "power_s": 2.0,
             "direct": random.Random(f"{seed} direct").random() < 0.7,
+            "replication": "flush" if random.Random(f"{seed} replication").random() < 0.4 else "sync",
             **(forced or {}),
         }
         self.faults: dict[str, int] = {}
@@ -83,8 +85,16 @@ class Scenario:
         )
         places = list(NODES[: p["locations"]]) if p["local"] else list(NODES[-p["locations"] :])
         size = BLOCKS * BLOCK_BYTES
+        if p["replication"] == "flush":
+            world.early = Early(self._lost_early)
         await world.ctl(
-            "image.create", name="disk", size=size, block_size=BLOCK_BYTES, locations=places, hypervisors=list(NODES)
+            "image.create",
+            name="disk",
+            size=size,
+            block_size=BLOCK_BYTES,
+            locations=places,
+            hypervisors=list(NODES),
+            replication=p["replication"],
         )
         world.net.repeat, world.lossy_publish = p["repeat"], p["lossy_publish"]
         self._boot_guest(NODES[0])
@@ -93,6 +103,7 @@ class Scenario:
         while world_time() < end:
             await asyncio.sleep(world.chance.expovariate(1 / p["fault_every_s"]))
             await self._fault(world.chance.choice([*p["faults"], *p["rare"]]))
+            await self._replace_stale()
         await self._heal()
         watcher.cancel()
         for task in self.tasks:
@@ -124,6 +135,14 @@ class Scenario:
         self.guest = Guest(self.world, frontend, self.registers, BLOCK_BYTES // SECTOR)
         for _ in range(self.parameters["threads"]):
             self.guest.tasks.append(self._task(self.guest.thread()))
+
+    async def _replace_stale(self) -> None:
+        """A guest that was told that its disk is another's now is started anew."""
+        guest = self.guest
+        if guest is not None and guest.stale():
+            self.world.note("the guest's handles are stale")
+            await self._end_guest(flush=False)
+            self._boot_guest(self.world.chance.choice(NODES))
 
     async def _end_guest(self, flush: bool) -> None:
         """The guest stops; it has no request under way when this returns."""
@@ -238,6 +257,8 @@ class Scenario:
             self.guest = None
             guest.running, guest.dead, guest.frontend.closed = False, True, True
         world.kill_blockd(node, power=True)
+        if world.early is not None:
+            world.early.power_cut(node)
         lost = self._lost_with(node)
         if with_guest:
             await self._quiet()
@@ -255,6 +276,12 @@ class Scenario:
         self._start_blockd(node)
         if self.guest is None:
             self._boot_guest(world.chance.choice(NODES))
+
+    def _lost_early(self, block: int) -> None:
+        """What a flush image has acknowledged of a block and not flushed may be gone."""
+        at = block * BLOCK_BYTES // SECTOR
+        for register in self.registers[at : at + BLOCK_BYTES // SECTOR]:
+            register.may_be_lost()
 
     def _lost_with(self, node: str) -> list[Register]:
         """The sectors of which all that only lay in page caches may be gone: no storage can keep that."""
@@ -509,6 +536,7 @@ class Scenario:
         await self._until(
             "all nodes are registered again", lambda: all(b.core.registered for b in world.blockds.values()), 20
         )
+        await self._replace_stale()
         if self.guest is None:
             self._boot_guest(NODES[0])
         before = world.counts.get("stored", 0)

@@ -14,6 +14,7 @@ from typing import Any
 from msgpack import unpackb
 
 from tests.sim.disk import SimDisk, stored
+from tests.sim.early import Early
 from tests.sim.loop import CURRENT, NOBODY, Process, kill, thaw, within
 from ukai import messages
 from ukai.blockd.core import Core as BlockCore
@@ -44,6 +45,7 @@ CONFIG = Config(
     active_limit=3,
     active_idle=0.6,
     active_age=2.0,
+    flush_window=16384,
     sync_chunk=4096,
     sync_rate=0,
 )
@@ -457,6 +459,8 @@ class World:
         self.epochs: dict[tuple[str, str], int] = {}
         """node and image → highest epoch in which the node did something for a coordinator."""
         self.counts: dict[str, int] = {}
+        self.early: Early | None = None
+        """For a flush image."""
 
     def note(self, text: str) -> None:
         self.trace.append(f"{asyncio.get_running_loop().time():.6f} {text}")
@@ -624,6 +628,8 @@ class World:
             if batch:
                 self.violation(f"a metad with an older database committed change {batch[0][0]}: {batch[0][2]}")
             return
+        if self.early is not None:
+            self.early.committed(batch)
         for _, _, _, change in batch:
             if change["t"] == "replicas" and change["node"] not in database.committed.images[change["uuid"]].locations:
                 self.epochs.pop((change["node"], change["uuid"]), None)  # an administrator took the image away there

@@ -22,6 +22,7 @@ PURE = (
     "model",
     "ranges",
     "blockd/activity",
+    "blockd/behind",
     "blockd/coordinator",
     "blockd/core",
     "blockd/frontends",

@@ -131,7 +131,7 @@ class Activity:
             else:
                 marks += [(block, n, e.message) for n, e in errors_of.items()]
         if marks:
-            await c.marker.mark(marks)
+            await c.mark(marks)
         return nowhere
 
     async def _stamp_on(self, node: str, generation: int, least: int, blocks: list[int]) -> dict[int, UkaiError]:
@@ -223,8 +223,8 @@ class Activity:
         asked: list[int] = []
         try:
             if c.flusher.needed(ready):
-                await c.flusher.flush()
-            ready = [b for b in ready if b not in c.inflight and b not in c.marker.pending]
+                await c.flusher.flush()  # what is acknowledged early is answered by then
+            ready = [b for b in ready if b not in c.inflight and b not in c.behind.ops and b not in c.marker.pending]
             if ready:
                 asked = ready
                 self._doubtful.update(asked)

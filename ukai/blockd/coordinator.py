@@ -1,7 +1,8 @@
 """The coordinator of one image: the only one to send its writes to replicas, and in one order (R1, R6).
 
 Here is what its parts share.  ``role.py`` gets and gives up the writer role, ``writes.py`` and ``reads.py`` serve the
-guest, ``activity.py`` announces blocks, ``flush.py`` does fsyncs, ``marks.py`` tells metad of replicas that failed.
+guest, ``behind.py`` keeps what is acknowledged early, ``activity.py`` announces blocks, ``flush.py`` does fsyncs,
+``marks.py`` tells metad of replicas that failed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from ukai.blockd.activity import Activity
+from ukai.blockd.behind import Behind
 from ukai.blockd.flush import Flusher
 from ukai.blockd.marks import Marker
 from ukai.blockd.readable import Readable
@@ -60,11 +62,13 @@ class Coordinator:
         self.hot: dict[int, Hot] = {}
         self.readable = Readable(lambda: core.ports.new_page(uuid, self.image.block_count))
         self.inflight: dict[int, list[Op]] = {}
+        """block → writes that are not acknowledged yet."""
         self.locks: dict[int, list[tuple[int, int, asyncio.Future[None]]]] = {}
         """block → parts that a resync compares and copies (R11)."""
         config = core.config
         self.role = Role(self)
         self.writes = Writes(self)
+        self.behind = Behind(self, config.flush_window)
         self.reads = Reads(self)
         self.activity = Activity(self, config.active_limit, config.active_idle, config.active_age)
         self.flusher = Flusher(self)
@@ -96,6 +100,17 @@ class Coordinator:
         """For a new epoch."""
         return Marker(self._send_marks, self._suspect)
 
+    async def mark(self, marks: list[tuple[int, str, str]]) -> list[tuple[int, str]]:
+        """Mark (block, node, reason) (R4); returns those that stay because they are the last.  Raises UkaiError."""
+        mine = {block for block, node, _ in marks if node == self.own and block in self.behind.ops}
+        if not mine:
+            return await self.marker.mark(marks)
+        try:
+            await self.behind.closed(mine)
+            return await self.marker.mark(marks)
+        finally:
+            self.behind.reopen(mine)
+
     async def _send_marks(self, marks: list[list[object]]) -> Header:
         reply = await self.ask_metad("mark", {"marks": marks})
         kept = [k[:3] for k in reply.get("kept", [])]
@@ -114,7 +129,7 @@ class Coordinator:
         if len(errors) > 1 or not isinstance(error, DiskError) or replica is None:
             return error
         if replica.reason != error.message:
-            await self.marker.mark([(block, node, error.message)])
+            await self.mark([(block, node, error.message)])
         if not isinstance(error, Damaged):
             return error
         return Damaged(
@@ -150,6 +165,11 @@ class Coordinator:
             raise StaleHandle(
                 f"image {self.name()} was taken over by another hypervisor; stop this machine, or open the image anew"
             )
+
+    def stale_handles(self) -> bool:
+        """Whether a handle that is open here must not be served."""
+        lost = self.image.lost.get(self.own, 0)
+        return lost > 0 and any(h.epoch < lost for h in self.core.frontends.handles.values() if h.coordinator is self)
 
     def late(self, what: str) -> Timeout:
         """The error of a request that ran out of time; it says what stood in its way last."""

@@ -198,6 +198,8 @@ class Core:
             c = self.coordinators.get(change["uuid"])
             if c is not None and c.held and "writer" in change and change["writer"] not in ("", self.node):
                 c.role.lose(f"node {change['writer']} is the writer now")
+            if c is not None and "replication" in change:
+                c.changed(None)
             if change.get("online"):
                 self.frontends.closed.discard(change["uuid"])
         elif kind == "image-drop":
@@ -308,7 +310,7 @@ class Core:
         try:
             if used or running or c.uuid in self.resyncs:
                 c.idle_since = self.now()
-            elif not c.inflight and self.now() - c.idle_since >= self.config.role_linger:
+            elif not c.inflight and not c.behind.ops and self.now() - c.idle_since >= self.config.role_linger:
                 await self._give_up(c)
                 return
             await c.activity.tick()
@@ -385,5 +387,6 @@ class Core:
         if c is None or not c.held:
             raise NotCoordinator("this node is not the writer")
         async with asyncio.timeout(self.config.io_timeout):
-            data = await c.reads.read_held(integer(header, "o"), integer(header, "l", 1, TRANSFER_LIMIT_BYTES))
+            length = integer(header, "l", 1, TRANSFER_LIMIT_BYTES)
+            data = await c.reads.read_held(integer(header, "o"), length, elsewhere=True)
         return {}, data

@@ -1,5 +1,7 @@
 """fsync: done when every in-sync replica with unflushed writes has them on its disk (R7).
 
+Writes that are acknowledged early are answered first: their failures are marked as those of any other (R4).
+
 One that fails, or can't be asked, is out-of-sync before the caller hears of success.  A failed flush of the
 last copy is an error, now and whenever it is asked again.
 """
@@ -12,12 +14,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ukai import faults
-from ukai.errors import Busy, DiskError, UkaiError, Unreachable
+from ukai.errors import Busy, DiskError, NotCoordinator, UkaiError, Unreachable
 from ukai.model import IN_SYNC, OUT_OF_SYNC
 from ukai.ranges import RangeSet, join
 
 if TYPE_CHECKING:
     from ukai.blockd.coordinator import Coordinator, Handle
+    from ukai.blockd.writes import Op
 
 
 log = logging.getLogger(__name__)
@@ -96,10 +99,11 @@ class Flusher:
         async with self._lock:
             if self.lost:
                 raise DiskError(self.lost)
+            behind = [op for ops in self._c.behind.ops.values() for op in ops]
             work, self.unflushed = self.unflushed, {}
             self._flushing = work
             try:
-                await self._flush(work)
+                await self._flush(work, behind)
             except BaseException:  # failed or given up: nothing of it counts as flushed
                 for node, blocks in work.items():
                     self.unflushed.setdefault(node, set()).update(blocks)
@@ -107,7 +111,8 @@ class Flusher:
             finally:
                 self._flushing = {}
 
-    async def _flush(self, work: dict[str, set[int]]) -> None:
+    async def _flush(self, work: dict[str, set[int]], behind: list[Op]) -> None:
+        epoch = self._c.epoch
         for blocks in work.values():
             for block in blocks:
                 hot = self._c.hot.get(block)
@@ -118,13 +123,16 @@ class Flusher:
         await faults.pause("flush.begin")
         done = await asyncio.gather(*(self._one(n, work[n], away) for n in nodes))
         await faults.pause("flush.answered")
+        await self._c.behind.settled(behind)  # their answers came before those of the flush, on the same connections
+        if behind and not self._c.holds(epoch):
+            raise NotCoordinator("the role ended before all replicas had answered")
         marks = []
         for node, failed in zip(nodes, done, strict=True):
             for block, reason in failed.items():
                 replica = self._c.image.replica(node, block)
                 if replica is not None and replica.status != OUT_OF_SYNC:
                     marks.append((block, node, reason))
-        kept = await self._c.marker.mark(marks) if marks else []
+        kept = await self._c.mark(marks) if marks else []
         if self.lost:
             raise DiskError(self.lost)
         if kept:

@@ -124,9 +124,8 @@ class Frontends:
     def _read(self, header: Header, _payload: Payload | None, reply: Reply) -> None:
         handle = self._handle(header)
         length = integer(header, "l", 1, TRANSFER_LIMIT_BYTES)
-        handle.coordinator.reads.read(
-            integer(header, "o"), length, self._answer(reply, handle.coordinator, "read", length)
-        )
+        c = handle.coordinator
+        c.reads.read(handle, integer(header, "o"), length, self._answer(reply, c, "read", length))
 
     def lend(self, header: Header) -> Lent:
         """Lend a block that a read has offered.  Raises UkaiError.

@@ -28,6 +28,9 @@ DOWN, GREETING, UP = "down", "greeting", "up"
 SLOW_OPS = frozenset({"f", "d", "g", "h", "k", "cr", "usage"})
 """What may take long on a busy disk while the process lives; the ping between tells that it does."""
 
+BUSY_REQUESTS = 4000
+"""Well below what the connection queues: a peer that is so far behind is not loaded with more in advance."""
+
 TIMER_SLACK_S = 0.001
 """A loop may wake this much before the time asked for."""
 
@@ -85,6 +88,10 @@ class Peer:
     @property
     def up(self) -> bool:
         return self.state == UP
+
+    @property
+    def busy(self) -> bool:
+        return len(self._waiting) >= BUSY_REQUESTS
 
     async def settled(self) -> bool:
         """Wait for the first attempt to end; whether the peer is up."""

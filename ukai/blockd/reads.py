@@ -15,7 +15,7 @@ from ukai.loans import Page
 from ukai.model import IN_SYNC, written
 
 if TYPE_CHECKING:
-    from ukai.blockd.coordinator import Coordinator
+    from ukai.blockd.coordinator import Coordinator, Handle
 
 ReadDone = Callable[[UkaiError | None, "Payload | None", bool], None]
 """Error or data, and whether the block may be lent (``Reads.lend``)."""
@@ -37,11 +37,16 @@ class Reads:
     def __init__(self, coordinator: Coordinator) -> None:
         self._c = coordinator
 
-    def read(self, offset: int, length: int, done: ReadDone) -> None:
+    def read(self, handle: Handle, offset: int, length: int, done: ReadDone) -> None:
         """Read part of the image: from the local replica if it is in-sync, else from a remote one."""
         c = self._c
         image = c.core.mirror.cluster.images.get(c.uuid)
-        if image is not None and c.held and c.now() < c.core.lease_until:
+        if (
+            image is not None
+            and c.held
+            and c.now() < c.core.lease_until
+            and (image.replication == "sync" or handle.epoch >= image.lost.get(c.own, 0))
+        ):
             block, within = divmod(offset, image.block_size)
             if within + length <= image.block_size and block not in c.inflight:
                 local = c.readable.stores.get(block)
@@ -57,14 +62,14 @@ class Reads:
                     if data is not None:
                         done(None, data, self._lendable(block))
                         return
-        c.core.spawn(self._read_slow(offset, length, done))
+        c.core.spawn(self._read_slow(handle, offset, length, done))
 
-    async def _read_slow(self, offset: int, length: int, done: ReadDone) -> None:
+    async def _read_slow(self, handle: Handle, offset: int, length: int, done: ReadDone) -> None:
         c = self._c
         deadline = c.now() + c.core.config.io_timeout
         try:
             async with asyncio.timeout_at(deadline):
-                data = await self.read_anyhow(offset, length, deadline)
+                data = await self._read_anyhow(handle, offset, length, deadline)
         except TimeoutError:
             done(c.late("read"), None, False)
         except UkaiError as e:
@@ -92,6 +97,7 @@ class Reads:
             and block not in c.marker.pending
             and image is not None
             and not image.checksum
+            and not (image.replication == "flush" and c.stale_handles())
             and c.core.config.short_circuit
         )
 
@@ -112,10 +118,12 @@ class Reads:
 
     # --- whatever it takes
 
-    async def read_anyhow(self, offset: int, length: int, deadline: float) -> Payload:
+    async def _read_anyhow(self, handle: Handle, offset: int, length: int, deadline: float) -> Payload:
         """A read by a node that may or may not be the writer.  Raises UkaiError."""
         c = self._c
         while True:
+            if c.image.replication == "flush":
+                c.check_handle(handle)  # what it has written, or read, may be gone (R2)
             try:
                 if c.held:
                     data = await self.read_held(offset, length)
@@ -142,20 +150,23 @@ class Reads:
                 c.hindrance = e.message
             await asyncio.sleep(RETRY_S)
 
-    async def read_held(self, offset: int, length: int) -> Payload:
-        """Raises NotCoordinator when the role is not held, UkaiError."""
+    async def read_held(self, offset: int, length: int, *, elsewhere: bool = False) -> Payload:
+        """Raises NotCoordinator when the role is not held, UkaiError.
+
+        ``elsewhere``: for another machine, which may outlive this one; it sees nothing that could be lost with it.
+        """
         pieces = self._c.pieces(offset, length)
-        parts = await asyncio.gather(*(self._read_piece(b, o, n) for b, o, n, _ in pieces))
+        parts = await asyncio.gather(*(self._read_piece(b, o, n, elsewhere) for b, o, n, _ in pieces))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _read_piece(self, block: int, offset: int, length: int) -> Payload:
+    async def _read_piece(self, block: int, offset: int, length: int, elsewhere: bool) -> Payload:
         c = self._c
         while True:
             if not c.held or not c.role.leased():
                 raise NotReady("it can't be told whether this node is still the writer")
             if block in c.inflight:  # what is read must not go away again when this node dies
                 epoch = c.epoch
-                await c.writes.passed(block, offset, offset + length)
+                await c.writes.acknowledged(block, offset, offset + length)
                 if not c.holds(epoch):
                     continue
             if block in c.image.active and block not in c.activity.warm:  # announced, perhaps not stamped yet
@@ -169,6 +180,9 @@ class Reads:
             good = {n: r.generation for n, r in replicas.items() if r.status == IN_SYNC and n not in suspects}
             if not good:
                 raise Unreachable(f"no in-sync copy of block {block} can be read")
+            if (elsewhere or c.own not in good) and c.behind.touches(block, offset, offset + length):
+                await c.behind.passed(block, offset, offset + length)
+                continue
             data = await self._read_from(block, offset, length, good)
             if data is not None:
                 return data
@@ -188,6 +202,9 @@ class Reads:
                         data = await c.core.run_disk(store.read_beside, store.borrow(block), block, offset, length)
                     if self._readable_here(block, good[node]):
                         c.readable.stores[block] = store
+                elif c.behind.touches(block, offset, offset + length):
+                    await c.behind.passed(block, offset, offset + length)  # only the local copy has it for certain
+                    return None
                 else:
                     fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "g": good[node]}
                     peer = c.core.peer(node)
@@ -201,7 +218,7 @@ class Reads:
                 continue
             bad = [(block, n, e.message) for n, e in errors.items() if isinstance(e, DiskError)]
             if bad:
-                await c.marker.mark(bad)
+                await c.mark(bad)
             return data
         suspects = c.marker.suspects(block)  # as the caller left them out: else this would never come to an end
         replicas = c.image.replicas(block).items()

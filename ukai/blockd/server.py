@@ -216,6 +216,9 @@ class BlockServer:
             if image is None:
                 continue
             yield "ukai_active_blocks", {"image": image.name}, len(c.activity.active)
+            if image.replication == "flush":
+                yield "ukai_replication_lag_bytes", {"image": image.name}, c.behind.lag_bytes
+                yield "ukai_replication_lag_requests", {"image": image.name}, c.behind.lag_requests
             for node, where in image.locations.items():
                 counts = dict.fromkeys(STATUS_NAMES, 0)
                 for first, last, replica in where:

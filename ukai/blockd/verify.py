@@ -185,7 +185,7 @@ class Verify(Run):
             good = max(alike.values(), key=len)  # of several as large, that which the guest reads comes first
             reason = f"differs from node {good[0]} in the {length} bytes at {offset}, found by verify"
             await self._differs(block)
-            await c.marker.mark([(block, node, reason) for node in hashes if node not in good])
+            await c.mark([(block, node, reason) for node in hashes if node not in good])
 
     def _order(self, nodes: Iterable[str]) -> list[str]:
         """The nearest first, as for the guest's reads."""
@@ -218,7 +218,7 @@ class Verify(Run):
                 return {n: h for n, h in results.items() if isinstance(h, bytes)}
             if marks:
                 await self._differs(block)
-                bad.update(node for _, node in await c.marker.mark(marks))  # the last one stays, and stays bad
+                bad.update(node for _, node in await c.mark(marks))  # the last one stays, and stays bad
 
     async def _compared(self, block: int) -> dict[str, int]:
         """node → generation of the replicas to compare, all of them stamped.  Raises UkaiError."""

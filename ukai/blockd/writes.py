@@ -30,7 +30,7 @@ Done = Callable[[UkaiError | None], None]
 class Hot:
     """Where the writes of a warm block go, in this epoch and generation."""
 
-    __slots__ = ("clean", "generation", "local", "nodes", "peers", "touched", "trusted")
+    __slots__ = ("clean", "early", "generation", "local", "nodes", "peers", "touched", "trusted")
 
     def __init__(
         self, generation: int, local: ImageStore | None, peers: list[Peer], own: str, trusted: set[str]
@@ -39,6 +39,8 @@ class Hot:
         self.nodes = tuple(p.node for p in peers) + ((own,) if local is not None else ())
         self.trusted = trusted
         """Nodes whose replica is in-sync; the others are syncing."""
+        self.early = False
+        """Whether a write is acknowledged when the local replica has it (flush images)."""
         self.clean = True
         self.touched = True
 
@@ -46,11 +48,13 @@ class Hot:
 class Op:
     """One write, or discard, of a part of one block, on its way to the replicas."""
 
-    __slots__ = ("block", "done", "end", "ended", "epoch", "failed", "hot", "offset", "waiting")
+    __slots__ = ("acknowledged", "block", "done", "end", "ended", "epoch", "failed", "hot", "offset", "waiting")
 
     def __init__(self, block: int, offset: int, end: int, hot: Hot, epoch: int, done: Callable[[Op], None]) -> None:
         self.block, self.offset, self.end, self.hot, self.epoch, self.done = block, offset, end, hot, epoch, done
         self.waiting = 0
+        self.acknowledged = False
+        """Early: the caller has its answer, and replicas may still fail."""
         self.failed: dict[str, UkaiError] = {}
         self.ended: asyncio.Future[None] | None = None
         """Made by whoever must wait until the write is settled."""
@@ -63,6 +67,12 @@ class Op:
             faults.point("write.answered")
             self.done(self)
 
+    async def wait(self) -> None:
+        """Wait until the write is settled."""
+        if self.ended is None:
+            self.ended = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self.ended)
+
 
 class Writes:
     """The way of an image's writes to its replicas."""
@@ -71,7 +81,16 @@ class Writes:
         self._c = coordinator
         self._quiet: asyncio.Event | None = None
 
-    def write(self, handle: Handle, offset: int, data: Payload | None, length: int, sync: bool, done: Done) -> None:
+    def write(
+        self,
+        handle: Handle,
+        offset: int,
+        data: Payload | None,
+        length: int,
+        sync: bool,
+        done: Done,
+        deadline: float = 0.0,
+    ) -> None:
         """Write ``data`` at ``offset`` of the image, or make ``length`` bytes read as zeros where it is None."""
         c = self._c
         image = c.core.mirror.cluster.images.get(c.uuid)
@@ -87,11 +106,17 @@ class Writes:
                 and handle.epoch >= image.lost.get(c.own, 0)
                 and block not in c.marker.pending
             ):
+                cost = 0 if data is None else length
+                if hot.early and c.behind.full(cost, waited=deadline > 0):
+                    deadline = deadline or c.now() + c.core.config.io_timeout
+                    c.behind.wait(cost, lambda: self.write(handle, offset, data, length, sync, done, deadline))
+                    return
                 self._apply(
                     block, within, data, length, hot, lambda op: self._finish_fast(op, handle, data, length, done)
                 )
                 return
-        c.core.spawn(self._write_slow(handle, offset, data, length, sync, done))
+        deadline = deadline or c.now() + c.core.config.io_timeout
+        c.core.spawn(self._write_slow(handle, offset, data, length, sync, done, deadline))
 
     def _apply(
         self, block: int, offset: int, data: Payload | None, length: int, hot: Hot, done: Callable[[Op], None]
@@ -103,11 +128,6 @@ class Writes:
         if hot.clean:
             hot.clean = False
             c.flusher.dirty(block, hot.nodes)
-        ops = c.inflight.get(block)
-        if ops is None:
-            c.inflight[block] = [op]
-        else:
-            ops.append(op)
         op.waiting = 1
         for peer in hot.peers:
             header: Header = {"i": c.uuid, "e": op.epoch, "b": block, "o": offset, "g": hot.generation}
@@ -131,6 +151,23 @@ class Writes:
                 faults.point("write.local")
             except UkaiError as e:
                 error = e
+        if (
+            hot.early
+            and error is None
+            and op.waiting > 1
+            and not op.failed
+            and c.now() < c.core.lease_until  # else another may be the writer: then only the replicas know
+            and not any(peer.busy for peer in hot.peers)
+        ):
+            c.behind.take(op, 0 if data is None else length)
+            op.answered(c.own, None)
+            done(op)
+            return
+        ops = c.inflight.get(block)
+        if ops is None:
+            c.inflight[block] = [op]
+        else:
+            ops.append(op)
         op.answered(c.own, error)
 
     def _untrack(self, op: Op) -> None:
@@ -146,6 +183,9 @@ class Writes:
 
     def _finish_fast(self, op: Op, handle: Handle, data: Payload | None, length: int, done: Done) -> None:
         c = self._c
+        if op.acknowledged:
+            done(None)
+            return
         if not op.failed:
             self._untrack(op)
             done(None)
@@ -155,7 +195,7 @@ class Writes:
             deadline = c.now() + c.core.config.io_timeout
             try:
                 async with asyncio.timeout_at(deadline):
-                    if await self._settle(op):
+                    if await self._settled(op):
                         await self._piece(handle, op.block, op.offset, data, length, deadline)
             except TimeoutError:
                 c.readable.drop(op.block)
@@ -169,10 +209,16 @@ class Writes:
         c.core.spawn(settle())
 
     async def _write_slow(
-        self, handle: Handle, offset: int, data: Payload | None, length: int, sync: bool, done: Done
+        self,
+        handle: Handle,
+        offset: int,
+        data: Payload | None,
+        length: int,
+        sync: bool,
+        done: Done,
+        deadline: float,
     ) -> None:
         c = self._c
-        deadline = c.now() + c.core.config.io_timeout
         try:
             async with asyncio.timeout_at(deadline):
                 pieces = c.pieces(offset, length)
@@ -216,6 +262,7 @@ class Writes:
         """Write one part of one block, whatever it takes.  Raises UkaiError."""
         c = self._c
         loop = asyncio.get_running_loop()
+        cost, waited = 0 if data is None else length, False
         while True:
             c.check_handle(handle)
             try:
@@ -231,6 +278,10 @@ class Writes:
                 continue
             if hot is None:
                 continue
+            if hot.early and c.behind.full(cost, waited):
+                await c.behind.room(cost)
+                waited = True
+                continue
             future: asyncio.Future[Op] = loop.create_future()
             self._apply(block, offset, data, length, hot, lambda op, f=future: f.done() or f.set_result(op))  # type: ignore[misc]
             try:
@@ -245,10 +296,12 @@ class Writes:
     async def _watch(self, future: asyncio.Future[Op]) -> bool:
         """Wait for one write and settle it, also when the request itself has run out of time."""
         op = await future
+        if op.acknowledged:
+            return False
         if not op.failed:
             self._untrack(op)
             return False
-        return await self._settle(op)
+        return await self._settled(op)
 
     async def _heat(self, block: int, offset: int, end: int) -> Hot | None:
         """The targets of a block, warm and reachable; None: look again.  Raises UkaiError."""
@@ -274,12 +327,13 @@ class Writes:
         if not trusted - set(away):
             raise Unreachable(f"no in-sync copy of block {block} can be reached: {next(iter(away.values()), 'none')}")
         if away:
-            await c.marker.mark([(block, n, reason) for n, reason in away.items()])
+            await c.mark([(block, n, reason) for n, reason in away.items()])
             return None
         local = c.core.store.images.get(c.uuid) if c.own in replicas else None
         peers = [c.core.peer(n) for n in replicas if n != c.own]
         generation = max(r.generation for r in replicas.values())
         hot = c.hot[block] = Hot(generation, local, peers, c.own, trusted)
+        hot.early = c.image.replication == "flush" and c.own in trusted and c.behind.early(block)
         return hot
 
     async def _away(self, nodes: set[str]) -> dict[str, str]:
@@ -294,7 +348,14 @@ class Writes:
                 away[node] = peer.reason
         return away
 
-    async def _settle(self, op: Op) -> bool:
+    async def _settled(self, op: Op) -> bool:
+        """settle() of a write whose caller waits."""
+        try:
+            return await self.settle(op)
+        finally:
+            self._untrack(op)
+
+    async def settle(self, op: Op) -> bool:
         """Deal with a write that failed somewhere (R4, R10); whether it must be sent again.
 
         Raises UkaiError for what the caller must hear of.
@@ -309,13 +370,12 @@ class Writes:
                 return True
             trusted = op.hot.trusted
             if trusted - op.failed.keys():
-                kept = await c.marker.mark([(op.block, n, e.message) for n, e in op.failed.items()])
+                kept = await c.mark([(op.block, n, e.message) for n, e in op.failed.items()])
                 if any(n in trusted for _, n in kept):
                     raise DiskError(f"image {c.name()}: block {op.block} was written to no replica that counts")
                 return False
             return await self._nowhere(op)
         finally:
-            self._untrack(op)
             c.hot.pop(op.block, None)
 
     async def _nowhere(self, op: Op) -> bool:
@@ -329,7 +389,7 @@ class Writes:
             astray = set(op.hot.nodes) - {keep}
         if astray:
             reasons = {n: op.failed[n].message if n in op.failed else "may differ after a failed write" for n in astray}
-            await c.marker.mark([(op.block, n, reasons[n]) for n in sorted(astray)])
+            await c.mark([(op.block, n, reasons[n]) for n in sorted(astray)])
         error = op.failed[keep]
         if isinstance(error, Unreachable):
             return True
@@ -337,15 +397,20 @@ class Writes:
 
     async def passed(self, block: int, start: int, end: int) -> None:
         """Wait until no write that touches this part of a block is under way."""
+        await self.acknowledged(block, start, end)
+        await self._c.behind.passed(block, start, end)
+
+    async def acknowledged(self, block: int, start: int, end: int) -> None:
+        """Wait until no write that touches this part of a block waits for its acknowledgement."""
         while ops := [op for op in self._c.inflight.get(block, ()) if op.offset < end and start < op.end]:
-            if ops[0].ended is None:
-                ops[0].ended = asyncio.get_running_loop().create_future()
-            await asyncio.shield(ops[0].ended)
+            await ops[0].wait()
 
     async def drained(self) -> None:
+        """Wait until no write is under way, acknowledged or not."""
         while self._c.inflight:
             self._quiet = asyncio.Event()
             await self._quiet.wait()
+        await self._c.behind.settled([op for ops in self._c.behind.ops.values() for op in ops])
 
 
 def _touched(error: UkaiError) -> bool:

@@ -13,7 +13,7 @@ from ukai.model import IN_SYNC, Change, Image, check_name, check_sizes, round_up
 from ukai.ranges import RangeMap, RangeSet
 
 DEFAULT_BLOCK_SIZE_BYTES = 64 * 2**20
-REPLICATIONS = ("sync",)
+REPLICATIONS = ("sync", "flush")
 NOT_BUILT = "is not possible yet"
 
 
@@ -32,9 +32,7 @@ async def create(core: Core, fields: Header) -> Header:
     if not locations:
         raise UsageError("at least one location is wanted: a node that holds the blocks")
     hypervisors = _nodes(core, fields, "hypervisors") or list(locations)
-    replication = messages.text(fields, "replication", 20, default="sync") or "sync"
-    if replication not in REPLICATIONS:
-        raise UsageError(f"replication {replication!r} {NOT_BUILT}; choose sync")
+    replication = _replication(fields)
     if messages.flag(fields, "checksum"):
         raise UsageError(f"an image with checksums {NOT_BUILT}; leave --checksum out")
     _check_free(core, name)
@@ -52,6 +50,46 @@ async def create(core: Core, fields: Header) -> Header:
     finally:
         core.creating.discard(name)
     return {"image": reports.summary(core, core.image(uuid)), "notes": notes}
+
+
+def _replication(fields: Header) -> str:
+    replication = messages.text(fields, "replication", 20, default="sync") or "sync"
+    if replication not in REPLICATIONS:
+        raise UsageError(f"replication {replication!r} does not exist; choose {' or '.join(REPLICATIONS)}")
+    return replication
+
+
+async def alter(core: Core, fields: Header) -> Header:
+    """Change how an image is replicated.  Raises UsageError, Busy, Unreachable; then nothing has changed."""
+    image = core.named(fields)
+    uuid, replication = image.uuid, _replication(fields)
+    async with core.lock(uuid):
+        image = core.image(uuid)
+        if image.replication == replication:
+            return {"image": reports.summary(core, image), "notes": [f"replication is {replication} already"]}
+        change: Change = {"t": "image", "uuid": uuid, "replication": replication}
+        changes = [change]
+        if replication == "sync":  # what was acknowledged early must be everywhere when no rule looks after it any more
+            if image.writer:
+                change |= {"writer": "", "former": image.former or image.writer}
+                await _drained(core, image, patience(fields) * 0.8)
+                image = core.image(uuid)
+                changes.append({"t": "active", "uuid": uuid, "del": [list(r) for r in image.active]})
+            elif len(image.active):
+                raise Busy(
+                    f"blocks of image {image.name} were being written when its last writer stopped; they are compared "
+                    f"when it is opened, or with: ukai-ctl sync start {image.name} --wait"
+                )
+        core.commit(changes, f"image set replication {replication}")
+    return {"image": reports.summary(core, core.image(uuid)), "notes": []}
+
+
+async def _drained(core: Core, image: Image, timeout_s: float) -> None:
+    """The writer gives the role up with everything flushed; it may take it again at once.  Raises Unreachable."""
+    reply = await core.call(image.writer, "release", {"image": image.uuid, "epoch": image.epoch}, timeout_s)
+    now = core.image(image.uuid)
+    if reply.get("clean") is not True or (now.writer, now.epoch) != (image.writer, image.epoch):
+        raise Unreachable(f"the writer {image.writer} of image {image.name} could not flush what it has written")
 
 
 def _check_free(core: Core, name: str) -> None:
@@ -208,6 +246,7 @@ async def take_offline(core: Core, uuid: str, force: bool, timeout_s: float) -> 
                 await _stop_writer(core, image, force, timeout_s * 0.4, notes)
             image = core.image(uuid)
             row: Change = {"t": "image", "uuid": uuid, "online": False, "writer": "", "epoch": image.epoch + 1}
+            row["former"] = image.former or image.writer
             changes = [row]
             job = core.cluster.jobs.get(uuid)
             if job is not None and job.state == "running":

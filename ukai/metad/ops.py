@@ -55,6 +55,7 @@ OPS: dict[str, Op] = {
     "ping": Op(reports.ping, True),
     "image.create": Op(images.create),
     "image.add": Op(images.add),
+    "image.set": Op(images.alter),
     "image.offline": Op(images.offline),
     "image.remove": Op(images.remove),
     "image.list": Op(reports.image_list, True),

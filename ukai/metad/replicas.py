@@ -77,10 +77,11 @@ def missing_sources(image: Image, fenced: set[str]) -> list[tuple[int, int, list
     return out
 
 
-def reconciled(image: Image, node: str, fenced: set[str]) -> dict[str, Rows]:
+def reconciled(image: Image, node: str, fenced: set[str], keeper: str = "") -> dict[str, Rows]:
     """One replica of each active block stays in sync when the writer role moves (R5).
 
-    ``node``'s own where it can be, else a fenced one.  The check of ``missing_sources`` comes before.
+    That of ``keeper`` where it can be: the last writer, where it alone may have what it acknowledged.  Then that of
+    ``node``, else a fenced one.  The check of ``missing_sources`` comes before.
     """
     out: dict[str, Rows] = {}
     for first, last in image.active:
@@ -89,7 +90,7 @@ def reconciled(image: Image, node: str, fenced: set[str]) -> dict[str, Rows]:
             sources = [n for n in good if n in fenced]
             if not sources:
                 continue
-            source = node if node in sources else sources[0]
+            source = next((n for n in (keeper, node) if n in sources), sources[0])
             for other in good:
                 if other != source:
                     reason = "writer stopped while the block was being written"

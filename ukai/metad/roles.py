@@ -68,7 +68,8 @@ async def _grant(core: Core, fields: Header, session: Session) -> Header:
         if image.writer not in ("", node):
             raise Busy(f"image {image.name} is being written by {image.writer}")
         epoch = image.epoch + 1
-        change: Change = {"t": "image", "uuid": uuid, "epoch": epoch, "writer": ""}
+        former = image.former or image.writer  # should this node go no further, its handles may be open all the same
+        change: Change = {"t": "image", "uuid": uuid, "epoch": epoch, "writer": "", "former": former}
         core.commit([change], f"grant to {node}")
         settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         core.pending[uuid] = Pending(epoch, node, session.inc, core.ports.now(), settled)
@@ -108,7 +109,10 @@ def _has_in_sync(image: Image, node: str) -> bool:
 
 
 def lose_former(core: Core, image: Image, node: str, epoch: int) -> None:
-    """``node`` begins to write in ``epoch``: handles of the last writer that may be open must not write again (R2)."""
+    """From ``epoch`` on, handles of the last writer that may be open are stale (R2).
+
+    ``node`` begins to write; or, of a flush image, what the last one acknowledged may be gone.
+    """
     session = core.sessions.get(image.former)
     lost = dict(image.lost)
     # a process that has just begun may not have heard of its handles yet
@@ -116,7 +120,7 @@ def lose_former(core: Core, image: Image, node: str, epoch: int) -> None:
     if session is None or fresh or not core.up(image.former) or session.opens.get(image.uuid, 0) > 0:
         lost[image.former] = epoch
     change: Change = {"t": "image", "uuid": image.uuid, "lost": lost, "former": ""}
-    core.commit([change], f"{node} writes after {image.former}")
+    core.commit([change], f"{node} follows {image.former}")
 
 
 async def displace(core: Core, uuid: str, node: str, *, io: bool) -> None:
@@ -202,8 +206,12 @@ def grant_commit(core: Core, fields: Header) -> Header:
             f"{blocks} are there, and it can't be reached"
         )
     faults.point("metad.commit")
+    last = image.former if image.replication == "flush" else ""
+    astray = replicas.reconciled(image, node, fenced, last)
+    if last in astray:
+        lose_former(core, image, node, epoch)  # only there was what it had acknowledged and not flushed
+        image = core.image(image.uuid)
     changes: list[Change] = [{"t": "image", "uuid": image.uuid, "writer": node}]
-    astray = replicas.reconciled(image, node, fenced)
     changes += replicas.changes(image, astray)
     changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
     changes += _reconcile(core, image, astray, core.cluster.seq + len(changes) + 1)
