@@ -59,6 +59,7 @@ class Contenders:
             self.table["ukai-via-blockd"] = Contender(
                 lambda: Image("ukai-via-blockd", "2 replicas, short_circuit = false", self._via_blockd, (1, 2)),
                 rows=READS,
+                every_round=False,
             )
         self._running: dict[str, System] = {}
         self._dropped: set[str] = set()

@@ -22,7 +22,7 @@ from types import FrameType
 import psutil
 from rich.console import Console
 
-from bench import cases, fio, measure, picture, report, resync, scale
+from bench import cases, fio, measure, page, picture, report, resync, scale
 from bench.contenders import ALL, FAILURES, PEERS, Contenders
 from bench.results import Results, Sample
 from bench.rows import BY_NAME, LARGE_READ, LARGE_WRITE
@@ -31,7 +31,7 @@ from ukai.config import Config
 
 PARTS = ("rows", "memory", "images", "cold", "curves", "loss", "resync", "scale")
 RAMP_S = 0.5
-QUICK = {"rounds": 1, "runtime": 2.0, "parts": ["rows", "memory", "images", "cold"]}
+QUICK = {"rounds": 1, "parts": ["rows", "memory", "images", "cold"]}
 QUICK_ROWS = ["seq-write", "seq-read", "rand-read-1", "rand-write-1", "write-fsync"]
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "results.json"
 STRIKES = 2
@@ -48,11 +48,12 @@ def parse(argv: list[str] | None, env: dict[str, str]) -> argparse.Namespace:
     parser.add_argument("--rows", choices=ALL, default=None, **words)  # type: ignore[arg-type]
     parser.add_argument("--systems", default=None, **words, help="only these")  # type: ignore[arg-type]
     parser.add_argument("--rounds", type=int, default=QUICK["rounds"] if quick else 3)
-    parser.add_argument("--runtime", type=float, default=QUICK["runtime"] if quick else 3.0, help="seconds per row")
+    parser.add_argument("--runtime", type=float, default=2.0, help="seconds per row")
     parser.add_argument("--peers", action="store_true", default=peers, help="GlusterFS and MooseFS too")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="results; the picture lies beside")
     parser.add_argument("--merge", action="store_true", help="add to what --out has already")
     parser.add_argument("--show", action="store_true", help="measure nothing, show what --out has")
+    parser.add_argument("--page", action="store_true", help="put the figures into bench/README.md")
     parser.add_argument("--directory", default="/var/tmp", help="where the files are made, and removed again")
     args = parser.parse_args(argv)
     args.parts = args.parts or (QUICK["parts"] if quick else list(PARTS))
@@ -213,7 +214,10 @@ def main(argv: list[str] | None = None) -> int:
             shutil.rmtree(directory, ignore_errors=True)
     report.show(results, console)
     drawing = args.out.with_suffix(".svg")
+    drawing.parent.mkdir(parents=True, exist_ok=True)
     drawing.write_text(picture.draw(results))
+    if args.page:
+        page.update(results)
     print(f"results: {args.out}\npicture: {drawing}")
     return 0
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from bench import fio, picture, report
+from bench import fio, page, picture, report
 from bench.contenders import Contenders
 from bench.results import Results, Sample
 from bench.rows import BY_NAME, ROWS, Row, at_depth
@@ -133,6 +133,22 @@ def test_report_and_picture_show_what_there_is() -> None:
     assert "ukai rand-read-1 / glusterfs" in words
     assert "3.75×" in words
     assert not any("moosefs" in (word or "") for word in words)
+
+
+def test_the_page_gets_new_figures_between_its_marks(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{page.BEGIN}\nold\n{page.END}\n\nafter\n")
+    for _ in range(2):
+        page.update(results(ukai__rand_read_1=[700.0], glusterfs__rand_read_1=[200.0]), readme)
+    text = readme.read_text()
+    assert text.startswith("before\n\n<!-- figures")
+    assert text.endswith("<!-- end of figures -->\n\nafter\n")
+    assert "old" not in text
+    assert text.count("| rand read 4 KiB qd1 | 700 | 200 |") == 1
+    assert "| ukai rand-read-1 / glusterfs | ≥ 3× | 3.5× | pass |" in text
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match="no place"):
+        page.update(Results(), readme)
 
 
 def test_an_empty_run_can_be_shown() -> None:
