@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -362,6 +363,39 @@ def test_flush_covers_blocks_and_generations_and_forgets_nothing_written_meanwhi
     write(image, 1, 0, b"y", 2)
     assert image.flush_beside(image.flush_begin(blocks)) == {}
     assert image.unflushed == {1}
+
+
+def test_generations_are_flushed_when_one_was_written(reopen: OpenStore) -> None:
+    class Counting(Disk):
+        synced: ClassVar[list[str]] = []
+
+        def fdatasync(self, fd: int) -> None:
+            self.synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+            super().fdatasync(fd)
+
+    def names() -> list[str]:
+        found, Counting.synced = Counting.synced, []
+        return found
+
+    block = FORMAT % 0
+    image = new_image(reopen(Counting()))
+    write(image, 0, 0, b"x", 2)
+    assert flush(image, [0]) == {}
+    assert names() == [GENERATIONS, block]
+    write(image, 0, 0, b"y", 2)
+    assert flush(image, [0]) == {}
+    assert names() == [block], "no generation was written since"
+    write(image, 0, 0, b"z", 3)
+    work = image.flush_begin([0])
+    write(image, 1, 0, b"z", 3)
+    assert image.flush_beside(work) == {}
+    assert names() == [GENERATIONS, block]
+    assert flush(image, [1]) == {}
+    assert names() in ([FORMAT % 1], [GENERATIONS, FORMAT % 1])
+    again = reopen(Counting()).image(UUID)
+    write(again, 0, 0, b"z", 3)
+    assert flush(again, [0]) == {}
+    assert names() == [GENERATIONS, block], "what the process before has left is not known"
 
 
 class FailingSync(Disk):

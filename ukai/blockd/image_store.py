@@ -55,6 +55,8 @@ class ImageStore:
         self.remade: set[int] = set()
         """Blocks that this process made ready for a resync: they are of no generation until they are whole (R11)."""
         self._gen_fd = -1
+        self._gen_writes, self._gen_synced = 0, -1
+        """How many generations were written; how many of these writes are on the disk (−1: not known)."""
         self._gen_lost = ""
         """Why generations that were written may not be on the disk: they are made anew before the next flush (R7)."""
 
@@ -149,6 +151,7 @@ class ImageStore:
         data = generation.to_bytes(8, "little")
         try:
             write_all(self.disk, self._gen_fd, data, 8 * block)
+            self._gen_writes += 1  # once it is in the page cache: a flush that begins after this has it
         except OSError as e:
             raise disk_error(e, f"{self.directory}/{GENERATIONS}") from e
         self.generations[block] = generation
@@ -293,8 +296,11 @@ class ImageStore:
         failed: dict[int, str] = {}
         lost = ""
         for block, fd, given in work:
+            writes = self._gen_writes
             reason = given or self._flush_one(block, fd)
             if block < 0:
+                if not reason:
+                    self._gen_synced = max(self._gen_synced, writes)
                 self._gen_lost = self._gen_lost or reason
                 lost = self._gen_lost
             elif reason or lost:
@@ -305,7 +311,8 @@ class ImageStore:
         """fdatasync of one borrowed descriptor, which is closed; why it failed."""
         what = f"{self.directory}/{GENERATIONS}" if block < 0 else self.path(block)
         try:
-            self.disk.fdatasync(fd)
+            if block >= 0 or self._gen_synced != self._gen_writes:
+                self.disk.fdatasync(fd)
             if not self.disk.linked(fd):
                 return f"{what} was removed while in use"
             if block >= 0:
@@ -334,6 +341,7 @@ class ImageStore:
         fd = self.disk.open(f"{self.directory}/{GENERATIONS}")
         self.disk.close(self._gen_fd)
         self._gen_fd, self._gen_lost = fd, ""
+        self._gen_synced = self._gen_writes
 
     def take_unflushed(self) -> set[int]:
         """The blocks with writes that no flush has covered; later writes go to a new set."""
