@@ -27,13 +27,16 @@ from bench.contenders import ALL, FAILURES, PEERS, Contenders
 from bench.results import Results, Sample
 from bench.rows import BY_NAME, LARGE_READ, LARGE_WRITE
 from bench.systems import FILE_BYTES, GlusterFS, MooseFS
+from tests.cluster import Cluster
 from ukai.config import Config
 
-PARTS = ("rows", "memory", "images", "cold", "curves", "loss", "resync", "scale")
+PARTS = ("rows", "memory", "images", "cold", "resync", "loss", "scale", "curves")
 RAMP_S = 0.5
 QUICK = {"rounds": 1, "parts": ["rows", "memory", "images", "cold"]}
 QUICK_ROWS = ["seq-write", "seq-read", "rand-read-1", "rand-write-1", "write-fsync"]
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "results.json"
+ROWS_SHARE = 0.62
+"""Part of the time that the rounds may take, where other parts are wanted too."""
 STRIKES = 2
 """A system that failed so often is left out from then on."""
 
@@ -49,6 +52,9 @@ def parse(argv: list[str] | None, env: dict[str, str]) -> argparse.Namespace:
     parser.add_argument("--systems", default=None, **words, help="only these")  # type: ignore[arg-type]
     parser.add_argument("--rounds", type=int, default=QUICK["rounds"] if quick else 3)
     parser.add_argument("--runtime", type=float, default=2.0, help="seconds per row")
+    parser.add_argument(
+        "--minutes", type=float, default=15.0, help="what doesn't fit is left out and told; 0: no limit"
+    )
     parser.add_argument("--peers", action="store_true", default=peers, help="GlusterFS and MooseFS too")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="results; the picture lies beside")
     parser.add_argument("--merge", action="store_true", help="add to what --out has already")
@@ -115,10 +121,23 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, results: Results, contenders: Contenders) -> None:
         self._args, self._results, self._contenders = args, results, contenders
+        self._began = time.monotonic()
+
+    def _out_of_time(self, share: float = 1.0) -> bool:
+        """Whether that part of the time that was given is over."""
+        return bool(self._args.minutes) and time.monotonic() - self._began > self._args.minutes * 60 * share
+
+    def _left_out(self, what: str) -> None:
+        line = f"{what}: left out, the {self._args.minutes:g} minutes were not enough"
+        self._results.failures.append(line)
+        print(line, flush=True)
 
     def part(self, name: str, work: Callable[[], None]) -> None:
         """Run a part, if it is wanted; one that fails doesn't end the others."""
         if name not in self._args.parts:
+            return
+        if self._out_of_time():
+            self._left_out(f"part {name}")
             return
         began = time.monotonic()
         try:
@@ -142,6 +161,9 @@ class Run:
         for number in range(1, self._args.rounds + 1):
             print(f"round {number} of {self._args.rounds}", flush=True)
             for name in self._args.rows:
+                if self._out_of_time(ROWS_SHARE if self._args.parts != ["rows"] else 1.0):
+                    self._left_out(f"rows from {name} of round {number}")
+                    return
                 for who in names if number % 2 else reversed(names):
                     contender = self._contenders.table[who]
                     if name not in contender.rows or (number > 1 and not contender.every_round):
@@ -174,17 +196,20 @@ class Run:
             self.keep(Sample("ukai", f"{kind}-peak", peak, "MB"))
 
     def all(self, directory: Path) -> None:
-        runtime_s = min(self._args.runtime, 3.0)
-        ukai = self._contenders.ukai
+        """All parts that are wanted, the most telling first."""
+
+        def on_cluster(name: str, case: Callable[[Cluster, Callable[[Sample], None], float], None]) -> None:
+            start = self._contenders.ukai.start
+            self.part(name, lambda: case(start(directory / "ukai"), self.keep, min(self._args.runtime, 3.0)))
+
         self.part("rows", self.rows)
         self.part("memory", self.memory)
-        for name, work in (
-            *(("images", cases.images), ("cold", cases.cold)),
-            *(("curves", cases.curves), ("loss", cases.loss), ("resync", resync.measure)),
-        ):
-            self.part(name, lambda work=work: work(ukai.start(directory / "ukai"), self.keep, runtime_s))  # type: ignore[misc]
-        self._contenders.close()  # what follows needs no mount
+        on_cluster("images", cases.images)
+        on_cluster("cold", cases.cold)
+        on_cluster("resync", resync.measure)
+        on_cluster("loss", cases.loss)
         self.part("scale", lambda: scale.measure(directory / "scale", self.keep))
+        on_cluster("curves", cases.curves)
 
 
 def _ended(number: int, frame: FrameType | None) -> None:

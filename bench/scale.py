@@ -30,7 +30,7 @@ from ukai.model import Change, Cluster
 
 IMAGES, BLOCKS = 20, 160_000
 RUN_BLOCKS = 16
-RUNS = {"in runs of 4": 4, "in runs of 64": 64, "never written": BLOCKS}
+RUNS = {"in runs of 64": 64, "never written": BLOCKS}
 """Other states of the same images, for the curve."""
 METAD, WRITER, OTHER = "127.0.0.1", "127.0.0.1", "127.0.0.2"
 BLOCK_BYTES = 50_000_000 // 4096 * 4096
