@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tests.sim.disk import Copy, SimDisk
@@ -59,6 +59,7 @@ class Scenario:
             "power_s": 2.0,
             "direct": random.Random(f"{seed} direct").random() < 0.7,
             "replication": "flush" if random.Random(f"{seed} replication").random() < 0.4 else "sync",
+            "active_limit": apart.choice((3, 4)),
             **(forced or {}),
         }
         self.faults: dict[str, int] = {}
@@ -77,6 +78,8 @@ class Scenario:
     async def run(self) -> None:
         world, p = self.world, self.parameters
         world.net.slow, world.direct = p["slow_ms"] / 1000, p["direct"]
+        world.config = replace(CONFIG, active_limit=p["active_limit"])
+        world.net.slow = p["slow_ms"] / 1000
         world.start_metad()
         for node in NODES:
             world.start_blockd(node)
@@ -317,7 +320,7 @@ class Scenario:
         new = self._present()
         end = world_time() + 8
         while world_time() < end:
-            if new is not None and await self._took_over(new):
+            if new is not None and new.wrote:  # until then it may have the role only to read
                 break
             await asyncio.sleep(0.1)
         else:
@@ -421,6 +424,7 @@ class Scenario:
         if kind == "old directory":
             world.note(f"an older copy of the disk of {node} is put back")
             disk.put_back(world.chance.choice(old))
+            world.epochs = {key: epoch for key, epoch in world.epochs.items() if key[0] != node}
         else:
             path = world.chance.choice(paths)
             world.note(f"{path} of {node} is removed or cut off")
@@ -471,7 +475,11 @@ class Scenario:
         if not lengths or not quiet or lengths[-1] == len(world.database.entries):
             self.faults["old metad"] -= 1
             return
-        await asyncio.sleep(SAVED_S)  # by then each node has stored what it saw
+        await asyncio.sleep(SAVED_S)  # by then each node has stored what it saw, if metad answered its beats
+        lengths = [count for count in lengths if all(world.saved_seq(n) > count for n in NODES)]
+        if not lengths:
+            self.faults["old metad"] -= 1
+            return
         count = world.chance.choice(lengths)
         world.note(f"metad's database is put back to change {count} of {len(world.database.entries)}")
         world.kill_metad()
@@ -484,10 +492,6 @@ class Scenario:
         world.kill_metad()
         world.note("metad has its database again")
         world.start_metad()
-
-    async def _took_over(self, guest: Guest) -> bool:
-        image = next(iter(self.world.database.committed.images.values()))
-        return image.writer == guest.frontend.node
 
     # --- oracles
 

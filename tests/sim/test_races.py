@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,17 +12,18 @@ import pytest
 from tests.sim.guest import SECTOR
 from tests.sim.loop import VirtualLoop
 from tests.sim.scenario import BLOCK_BYTES, BLOCKS, bury
-from tests.sim.world import NODES, Frontend, World
+from tests.sim.world import CONFIG, NODES, Frontend, World
 from ukai.blockd.coordinator import Coordinator
 from ukai.messages import Header
 from ukai.model import IN_SYNC, Image
 
 
-def play(work: Callable[[World], Awaitable[None]]) -> None:
+def play(work: Callable[[World], Awaitable[None]], active_limit: int = 3) -> None:
     """Three nodes without faults, and an image on the first two, in virtual time."""
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
     world = World(1)
+    world.config = replace(CONFIG, active_limit=active_limit)
 
     async def main() -> None:
         world.start_metad()
@@ -29,7 +31,7 @@ def play(work: Callable[[World], Awaitable[None]]) -> None:
             world.start_blockd(node)
         await until(lambda: all(b.core.registered for b in world.blockds.values()))
         fields = {"name": "disk", "size": BLOCKS * BLOCK_BYTES, "block_size": BLOCK_BYTES, "hypervisors": list(NODES)}
-        await world.ctl("image.create", locations=list(NODES[:2]), **fields)
+        await create(world, locations=list(NODES[:2]), **fields)
         await work(world)
         assert world.violations == []
 
@@ -45,6 +47,11 @@ async def until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110  # another process's state
             await asyncio.sleep(0.01)
+
+
+async def create(world: World, **fields: Any) -> None:
+    await world.ctl("image.create", **fields)
+    await until(lambda: all(b.mirror.seq >= world.database.committed.seq for b in world.blockds.values()))
 
 
 def image_of(world: World) -> Image:
@@ -79,3 +86,33 @@ def test_a_block_first_written_while_its_resync_begins_is_not_left_syncing(monke
         await frontend.close()
 
     play(race)
+
+
+def test_a_sequential_writer_does_not_wait_for_each_cold_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it comes to next is announced in the background, several blocks in one request (R5)."""
+    asked: list[list[list[int]]] = []
+    real = Coordinator.ask_metad
+
+    async def ask_metad(self: Coordinator, op: str, fields: Header) -> Any:
+        if op == "activate":
+            asked.append(fields["ranges"])
+        return await real(self, op, fields)
+
+    async def sequence(world: World) -> None:
+        monkeypatch.setattr(Coordinator, "ask_metad", ask_metad)
+        fields = {"name": "long", "size": 64 * BLOCK_BYTES, "block_size": BLOCK_BYTES, "hypervisors": list(NODES)}
+        await create(world, locations=[NODES[1]], **fields)
+        frontend = Frontend(world, NODES[0], "long")
+        cold = 0
+        for block in range(64):
+            active = world.blockds[NODES[0]].core.coordinators
+            before = any(block in c.activity.warm for c in active.values())
+            cold += not before
+            for part in range(BLOCK_BYTES // SECTOR):
+                header = {"op": "w", "o": block * BLOCK_BYTES + part * SECTOR, "s": False}
+                await frontend.request(header, b"x" * SECTOR, True)
+        assert cold == 2, "only the first two are waited for"
+        assert len(asked) < 20
+        await frontend.close()
+
+    play(sequence, active_limit=32)

@@ -214,7 +214,7 @@ class Blockd:
             new_page=self._new_page,
             boot_id=world.boots[self.node],
         )
-        self.core = BlockCore(CONFIG, self.node, self.store, self.mirror, ports, Metrics())
+        self.core = BlockCore(world.config, self.node, self.store, self.mirror, ports, Metrics())
         loop = asyncio.get_running_loop()
         self.background = [loop.create_task(self.core.keep_registered()), loop.create_task(self.core.keep_house())]
 
@@ -436,6 +436,8 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.config = CONFIG
+        """The settings of the blockds."""
         self.chance = random.Random(seed)
         self.numbers = itertools.count(1)
         self.net = Network(self)
@@ -649,6 +651,11 @@ class World:
             if block in image.active and good - fenced:
                 self.violation(f"block {block} is active and in-sync at {sorted(good - fenced)}, which is not fenced")
 
+    def saved_seq(self, node: str) -> int:
+        """The highest metadata sequence that a node will still know after a power cut."""
+        data = stored(self.disks[node], "/data/.ukai/store.json")
+        return int(json.loads(data)["highest_seq"]) if data else -1
+
     def _epoch_on_disk(self, node: str, name: str) -> int:
         data = stored(self.disks[node], f"/data/{name}/.ukai.json")
         return int(json.loads(data)["epoch"]) if data else -1
@@ -690,8 +697,8 @@ def _resolve(future: asyncio.Future[Any], result: Any) -> None:
 class Frontend:
     """The frontend's decisions about one handle on one node, with the blockd of that node over ipc."""
 
-    def __init__(self, world: World, node: str) -> None:
-        self.world, self.node = world, node
+    def __init__(self, world: World, node: str, image: str = "disk") -> None:
+        self.world, self.node, self.image = world, node, image
         self.name = f"frontend{next(world.numbers)}"
         self.number = next(world.numbers)
         self.epoch = -1
@@ -841,7 +848,7 @@ class Frontend:
     async def _open(self, deadline: float) -> None:
         left = deadline - asyncio.get_running_loop().time()
         hello, _ = await self._exchange({"op": "hello", "frontend": self.name}, None, left)
-        header = {"op": "open", "frontend": self.name, "h": self.number, "image": "disk", "epoch": self.epoch}
+        header = {"op": "open", "frontend": self.name, "h": self.number, "image": self.image, "epoch": self.epoch}
         reply, _ = await self._exchange({**header, "inc": hello["inc"]}, None, left)
         self.epoch, self.block_size = reply["epoch"], reply["block_size"]
         self.at = hello["inc"]

@@ -13,6 +13,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from ukai import faults
+from ukai.blockd.ahead import Ahead
 from ukai.errors import DiskError, NotFound, StaleEpoch, Timeout, UkaiError
 from ukai.model import IN_SYNC
 from ukai.ranges import RangeSet, join
@@ -34,6 +35,9 @@ class Activity:
         """Active blocks whose retirement was asked for with an unknown outcome: to be announced anew before use."""
         self._idle_since: dict[int, float] = {}
         self._wanted: dict[int, asyncio.Future[None]] = {}
+        self._due: set[int] = set()
+        """Warmed for a request that has not come to write yet: not retired to make room for others."""
+        self._ahead = Ahead(limit)
         self._task: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
 
@@ -45,6 +49,8 @@ class Activity:
     def end(self) -> None:
         """The role is over."""
         self.active, self.warm, self._doubtful, self._idle_since = {}, set(), set(), {}
+        self._due.clear()
+        self._ahead.clear()
 
     async def make_warm(self, blocks: list[int]) -> None:
         """Announce what is cold and stamp what is active.  Raises UkaiError."""
@@ -74,6 +80,7 @@ class Activity:
                 if future.done():
                     continue
                 if (error := errors.get(block)) is None:
+                    self._due.add(block)
                     future.set_result(None)
                 else:
                     future.set_exception(error)
@@ -165,12 +172,33 @@ class Activity:
             return e
         return None
 
+    # --- announcing ahead of sequential writers
+
+    def entered(self, block: int) -> None:
+        """A block begins to be written.  Those that are likely to be next are announced in the background."""
+        self._due.discard(block)
+        image = self._c.image
+        wanted = self._ahead.entered(block, image.block_size)
+        cold = [b for b in wanted if b not in self.active and b < image.block_count]
+        if cold and cold[0] - block <= (len(wanted) + 1) // 2:  # half of what was announced is used up
+            self._c.core.spawn(self._announce(cold))
+
+    async def _announce(self, blocks: list[int]) -> None:
+        """Announce as many of some blocks as there is room for.  Raises UkaiError."""
+        async with self._lock:
+            cold = [b for b in blocks if b not in self.active]
+            if len(self.active) + len(cold) > self._limit:
+                await self._make_room(len(cold), set(cold))
+            cold = cold[: max(0, self._limit - len(self.active))]
+            if cold and self._c.held:
+                await self._warm_up(cold)
+
     # --- retiring
 
     async def _make_room(self, count: int, keep: set[int]) -> None:
         idle = sorted(
-            (b for b in self.active if b not in keep),
-            key=lambda b: (b in self._c.hot and self._c.hot[b].touched, self.active[b]),
+            (b for b in self.active if b not in keep and b not in self._due),
+            key=lambda b: (self._ahead.expects(b), b in self._c.hot and self._c.hot[b].touched, self.active[b]),
         )
         await self._retire(idle[: max(count, self._limit // 4)])
 
@@ -190,6 +218,7 @@ class Activity:
         aged = [b for b, at in self.active.items() if now - at >= self._age_s]
         if (old or aged) and not self._lock.locked():
             async with self._lock:
+                self._ahead.missed({*old, *aged})
                 await self._retire(sorted({*old, *aged}))
 
     async def retire_all(self) -> list[int]:
@@ -236,6 +265,7 @@ class Activity:
                 self._doubtful.difference_update(asked)
         finally:
             self.warm.update(b for b in blocks if b in self.active and b not in self._doubtful)
+            self._due.difference_update(blocks)
             for block in blocks:
                 self._idle_since.pop(block, None)
                 c.readable.drop(block)

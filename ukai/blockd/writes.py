@@ -334,6 +334,7 @@ class Writes:
         generation = max(r.generation for r in replicas.values())
         hot = c.hot[block] = Hot(generation, local, peers, c.own, trusted)
         hot.early = c.image.replication == "flush" and c.own in trusted and c.behind.early(block)
+        c.activity.entered(block)
         return hot
 
     async def _away(self, nodes: set[str]) -> dict[str, str]:
