@@ -116,3 +116,24 @@ def test_a_sequential_writer_does_not_wait_for_each_cold_block(monkeypatch: pyte
         await frontend.close()
 
     play(sequence, active_limit=32)
+
+
+@pytest.mark.expect_log("store.json can't be written")
+def test_a_full_disk_that_could_not_store_what_was_seen_is_not_taken_for_an_older_copy() -> None:
+    async def restart(world: World) -> None:
+        frontend, node = Frontend(world, NODES[0]), NODES[1]
+        await write(frontend, 0)
+        world.disks[node].full = True
+        for _ in range(3):
+            await world.ctl("hypervisor.remove", name="disk", node=NODES[2])
+            await world.ctl("hypervisor.add", name="disk", node=NODES[2])
+        await asyncio.sleep(7 * CONFIG.beat_interval)
+        assert world.saved_seq(node) < world.database.committed.seq - 4, "it could not store it"
+        world.kill_blockd(node)
+        world.disks[node].full = False
+        world.start_blockd(node)
+        await until(lambda: world.registered(node))
+        assert all(r.status == IN_SYNC for _, _, r in image_of(world).locations[node])
+        await frontend.close()
+
+    play(restart)

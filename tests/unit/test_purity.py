@@ -22,6 +22,7 @@ PURE = (
     "model",
     "ranges",
     "blockd/activity",
+    "blockd/ahead",
     "blockd/behind",
     "blockd/coordinator",
     "blockd/core",

@@ -246,20 +246,27 @@ class Core:
         await faults.pause("register.ask")
         reply = await self.metad("register", fields)
         await faults.pause("register.answered")
-        self.store.serial = integer(reply, "serial")
-        self.store.cluster_id = text(reply, "cluster_id")
-        self._save_store()
+        before = self.store.serial, self.store.cluster_id
+        self.store.serial, self.store.cluster_id = integer(reply, "serial"), text(reply, "cluster_id")
+        if not self._save_store():  # metad takes this registration for stored with the next request
+            self.store.serial, self.store.cluster_id = before
+            raise NotReady(f"{self.store.root}/.ukai/store.json can't be written")
         await faults.pause("register.stored")
         self.replica.registered_seq = self.mirror.seq
         self.registered = True
         log.info("registered at metad, change %d", self.mirror.seq)
 
-    def _save_store(self) -> None:
+    def _save_store(self) -> bool:
+        """Whether it is stored: metad is told of nothing else, or it would take this store for an older copy later."""
+        before = self.store.highest_seq, self.store.maker
         self.store.highest_seq, self.store.maker = self.mirror.floor, self.mirror.floor_maker
         try:
             self.store.save()
         except OSError as e:
+            self.store.highest_seq, self.store.maker = before
             log.warning("%s/.ukai/store.json can't be written: %s", self.store.root, e)
+            return False
+        return True
 
     async def _beat(self) -> None:
         sent_at = self.now()

@@ -273,7 +273,7 @@ def register(core: Core, fields: Header) -> Header:
         last_beat=core.ports.now(),
         since=core.ports.wall() if former is None or former.inc != report.inc else former.since,
         last_wall=core.ports.wall(),
-        saved_seq=report.highest_seq,
+        saved_seq=(former.saved_seq if former is not None else 0) if same else report.highest_seq,
         number=former.number if former is not None and former.inc == report.inc else 0,
     )
     return {"serial": serial + 1, "cluster_id": cluster.cluster_id}
