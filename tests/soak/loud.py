@@ -9,6 +9,7 @@ from collections.abc import Callable
 from tests.machine import wait_for
 from tests.processes.guest import Recorder, wait_shown
 from tests.processes.ledger import Ledger
+from tests.processes.recorder import RECORD_BYTES
 from tests.soak.events import METAD, Field
 
 Scenario = Callable[[Field, Ledger, int, int], None]
@@ -111,12 +112,12 @@ def migrated(field: Field, ledger: Ledger, home: int, there: int) -> None:
 
 def live_migration(field: Field, ledger: Ledger, home: int, there: int) -> None:
     """As QEMU does it: opened at the destination before the source stops; the first write there moves the role."""
-    with field.cluster.path("records", there).open("r+b", buffering=0) as destination:
-        with ledger.start(field.cluster.path("records", home)) as recorder:
+    with ledger.start(field.cluster.path("records", home)) as recorder:
+        recorder.wait_written(BEFORE)
+        with field.cluster.path("records", there).open("r+b", buffering=0) as destination:
             recorder.wait_written(BEFORE)
             recorder.end()
-        slot = ledger.slots[-1] + 1
-        assert os.pwrite(destination.fileno(), bytes(512), slot * 4096) == 512
+            assert os.pwrite(destination.fileno(), bytes(512), (ledger.slots[-1] + 1) * RECORD_BYTES) == 512
     _go_on(field, ledger, there, crashes=0)
 
 

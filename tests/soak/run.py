@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import random
 import re
@@ -112,13 +113,16 @@ def create(soak: Soak, cluster: Cluster, name: str) -> None:
     args = ["image", "create", name, "--size", "64M", "--block-size", size]
     args += [a for n in locations for a in ("--location", cluster.node(n))]
     args += [a for n in HYPERVISORS for a in ("--hypervisor", cluster.node(n))]
-    optional = ["--replication", replication, *(["--checksum"] if chance.random() < 0.3 else [])]
-    try:
-        cluster.ctl(*args, *optional)
-    except CtlError:  # a release that has no such option yet
-        optional = []
-        cluster.ctl(*args)
-    soak.say(f"image {name}: locations {locations}, blocks of {size} {' '.join(optional)}")
+    optional = [["--replication", replication], ["--checksum"] if chance.random() < 0.3 else []]
+    while True:
+        try:
+            cluster.ctl(*args, *itertools.chain.from_iterable(optional))
+            break
+        except CtlError:  # a release that has no such option yet
+            if not optional:
+                raise
+            optional.pop()
+    soak.say(f"image {name}: locations {locations}, blocks of {size} {optional}")
 
 
 def load(chance: random.Random) -> Load:

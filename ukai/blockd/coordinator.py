@@ -42,10 +42,11 @@ log = logging.getLogger(__name__)
 class Handle:
     """One open file of a frontend."""
 
-    __slots__ = ("coordinator", "epoch", "frontend", "number")
+    __slots__ = ("coordinator", "epoch", "frontend", "number", "opened_at")
 
-    def __init__(self, number: int, frontend: str, coordinator: Coordinator, epoch: int) -> None:
+    def __init__(self, number: int, frontend: str, coordinator: Coordinator, epoch: int, opened_at: float) -> None:
         self.number, self.frontend, self.coordinator, self.epoch = number, frontend, coordinator, epoch
+        self.opened_at = opened_at
 
 
 class Coordinator:

@@ -99,7 +99,17 @@ class Frontends:
         numbers = header.get("handles", [])
         if type(numbers) is not list:
             raise RemoteProtocolError("field handles: a list is wanted")
+        self._close_unlisted(frontend, {n for n in numbers if type(n) is int})
         return {"inc": self._core.inc, "known": [n for n in numbers if type(n) is int and n in self.handles]}
+
+    def _close_unlisted(self, frontend: str, listed: set[int]) -> None:
+        """Close what was opened when nobody waited for it any more, as after a freeze: it would be open for ever."""
+        limit = self._core.now() - FRONTEND_BEATS * self._core.config.beat_interval
+        for handle in list(self.handles.values()):
+            if handle.frontend == frontend and handle.number not in listed and handle.opened_at < limit:
+                del self.handles[handle.number]
+                self._gone(handle.coordinator)
+                log.info("a handle of %s that its frontend has given up is closed", handle.coordinator.name())
 
     def _handle(self, header: Header) -> Handle:
         handle = self.handles.get(header.get("h", -1)) if type(header.get("h")) is int else None
@@ -195,7 +205,7 @@ class Frontends:
         if epoch < 0:
             epoch = image.epoch
         if number not in self.handles:
-            self.handles[number] = Handle(number, frontend, self._core.coordinator(image.uuid), epoch)
+            self.handles[number] = Handle(number, frontend, self._core.coordinator(image.uuid), epoch, self._core.now())
         self.beats[frontend] = self._core.now()
         return {"uuid": image.uuid, "size": image.size, "block_size": image.block_size, "epoch": epoch}, None
 
