@@ -30,7 +30,7 @@ from bench.systems import FILE_BYTES, GlusterFS, MooseFS
 from tests.cluster import Cluster
 from ukai.config import Config
 
-PARTS = ("rows", "memory", "images", "cold", "resync", "loss", "scale", "curves")
+PARTS = ("rows", "memory", "images", "cold", "resync", "scale", "loss", "curves")
 RAMP_S = 0.5
 QUICK = {"rounds": 1, "parts": ["rows", "memory", "images", "cold"]}
 QUICK_ROWS = ["seq-write", "seq-read", "rand-read-1", "rand-write-1", "write-fsync"]
@@ -141,8 +141,6 @@ class Run:
             return
         began = time.monotonic()
         try:
-            if self._contenders.ukai.cluster is not None:
-                self._contenders.ukai.cluster.wait_ready()
             work()
         except FAILURES as e:
             self._contenders.failed("ukai", f"part {name}", e)
@@ -199,16 +197,20 @@ class Run:
         """All parts that are wanted, the most telling first."""
 
         def on_cluster(name: str, case: Callable[[Cluster, Callable[[Sample], None], float], None]) -> None:
-            start = self._contenders.ukai.start
-            self.part(name, lambda: case(start(directory / "ukai"), self.keep, min(self._args.runtime, 3.0)))
+            def work() -> None:
+                cluster = self._contenders.ukai.start(directory / "ukai")
+                cluster.wait_ready()
+                case(cluster, self.keep, min(self._args.runtime, 3.0))
+
+            self.part(name, work)
 
         self.part("rows", self.rows)
         self.part("memory", self.memory)
         on_cluster("images", cases.images)
         on_cluster("cold", cases.cold)
         on_cluster("resync", resync.measure)
-        on_cluster("loss", cases.loss)
         self.part("scale", lambda: scale.measure(directory / "scale", self.keep))
+        on_cluster("loss", cases.loss)
         on_cluster("curves", cases.curves)
 
 
