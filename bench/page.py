@@ -1,9 +1,10 @@
-"""The figures as a part of README.md, between two marks.  Pure but for the file."""
+"""The figures as a part of README.md, between two marks.  Pure but for the files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from bench import picture
 from bench.contenders import ALL
 from bench.report import figure, verdict
 from bench.results import Results
@@ -15,13 +16,17 @@ BEGIN, END = "<!-- figures: written by --page -->", "<!-- end of figures -->"
 
 
 def update(results: Results, page: Path = PAGE) -> None:
-    """Put the figures into the page in place of the former ones.  Raises ValueError where the marks are missing."""
+    """Put the figures into the page in place of the former ones, and the picture beside it.
+
+    Raises ValueError where the page has no place for them.
+    """
     text = page.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} has no place for the figures")
     page.write_text(f"{before}{BEGIN}\n\n{markdown(results)}\n{END}{after}")
+    page.with_name("figures.svg").write_text(picture.draw(results))
 
 
 def markdown(results: Results) -> str:
