@@ -34,8 +34,8 @@ def failure(do: Callable[[], object]) -> UkaiError | None:
 class Story:
     """One life of a store on a disk with one fault, and what its blocks may hold."""
 
-    def __init__(self, root: Path, disk: FaultyDisk) -> None:
-        self.root, self.disk = root, disk
+    def __init__(self, root: Path, disk: FaultyDisk, checksum: bool = False) -> None:
+        self.root, self.disk, self.checksum = root, disk, checksum
         self.store = Store(str(root), FORMAT, disk, 2)
         self.blocks = [bytearray(min(BLOCK, SIZE - i * BLOCK)) for i in range(3)]
         self.unsure: list[set[int]] = [set(), set(), set()]
@@ -62,7 +62,7 @@ class Story:
     def begin(self) -> None:
         assert self.trial(lambda: self.store.open(STORE_ID))
         if UUID not in self.store.images:
-            assert self.trial(lambda: self.store.prepare(UUID, "image01", SIZE, BLOCK, "create"))
+            assert self.trial(lambda: self.store.prepare(UUID, "image01", SIZE, BLOCK, "create", self.checksum))
 
     def alter(self, block: int, offset: int, data: bytes) -> None:
         """A write, or where all are zero a punch."""
@@ -172,13 +172,14 @@ def _faults(kind: str, root: Path, beyond: Callable[[Path, FaultyDisk], None]) -
     raise AssertionError("the loop did not come to its end")
 
 
+@pytest.mark.parametrize("checksum", [False, True], ids=["plain", "checksum"])
 @pytest.mark.parametrize("kind", FAULTS)
-def test_right_data_or_an_error_of_ours_whichever_operation_fails(tmp_path: Path, kind: str) -> None:
+def test_right_data_or_an_error_of_ours_whichever_operation_fails(tmp_path: Path, kind: str, checksum: bool) -> None:
     quiet = 0
 
     def story(root: Path, disk: FaultyDisk) -> None:
         nonlocal quiet
-        one = Story(root, disk)
+        one = Story(root, disk, checksum)
         try:
             one.run()
         except Exception as e:

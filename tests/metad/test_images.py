@@ -455,3 +455,17 @@ def test_a_timeout_that_is_none() -> None:
                 await desk.do("image.remove", name="disk", timeout=value)
 
     at_desk(scene)
+
+
+def test_checksums_are_asked_of_every_location() -> None:
+    async def scene(desk: Desk) -> None:
+        for node in (A, B, C):
+            await desk.register(node)
+        fields = {"size": 8192, "block_size": 4096, "locations": [A, B], "hypervisors": []}
+        reply = await desk.do("image.create", name="disk", checksum=True, **fields)
+        assert reply["image"]["checksum"] is True
+        await desk.do("location.add", name="disk", node=C)
+        asked = {node: fields["checksum"] for node, op, fields in desk.calls if op == "prepare"}
+        assert asked == {A: True, B: True, C: True}
+
+    at_desk(scene)

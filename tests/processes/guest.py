@@ -40,9 +40,12 @@ def create(
     block_size: str = "1M",
     locations: Sequence[int] = (1, 2),
     hypervisors: Sequence[int] = (1,),
+    checksum: bool = False,
 ) -> Path:
     """Make an image and wait until the first hypervisor shows it; its path there."""
     args = ["image", "create", name, "--size", size, "--block-size", block_size]
+    if checksum:
+        args.append("--checksum")
     for option, nodes in (("--location", locations), ("--hypervisor", hypervisors)):
         for node in nodes:
             args += [option, cluster.node(node)]

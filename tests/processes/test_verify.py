@@ -20,6 +20,7 @@ from tests.processes.guest import (
     fio_ends_well,
     out_of_sync,
     read_all,
+    read_at,
     replicas,
     sync,
     wait_unavailable,
@@ -159,3 +160,58 @@ def test_what_the_writer_s_end_left_comes_first(make_cluster: MakeCluster) -> No
     wait_for(lambda: cluster.ctl("sync", "status", "disk")["jobs"][0]["state"] == "done", "its end", 30, cluster.tails)
     (job,) = cluster.ctl("sync", "status", "disk")["jobs"]
     assert (job["kind"], job["number"], job["blocks_done"], job["blocks_differed"]) == ("verify", number, 16, 0)
+
+
+def test_checksums_keep_a_guest_from_what_a_disk_altered(make_cluster: MakeCluster) -> None:
+    """Read right from the other copy, marked with its reason, healed; a part of a chunk is not written over damage."""
+    cluster = make_cluster(nodes=3, settings=SETTINGS)
+    disk = create(cluster, size="16M", checksum=True)
+    assert cluster.image("disk")["checksum"] is True
+    content = bytearray(os.urandom(12 * MIB))
+    write_at(disk, 0, bytes(content))
+    assert verify(cluster)["bytes_equal"] == 12 * MIB
+    garbage(cluster, 1, 0, 8192 + 17, 1)
+    garbage(cluster, 1, 3, 40960, 100_000)
+    garbage(cluster, 1, 5, 0, 10)
+    assert read_at(disk, 8192, 4096) == content[8192 : 8192 + 4096]
+    assert read_at(disk, 3 * MIB, MIB) == content[3 * MIB : 4 * MIB]
+    write_at(disk, 5 * MIB + 512, b"a part of a spoilt chunk")
+    content[5 * MIB + 512 : 5 * MIB + 536] = b"a part of a spoilt chunk"
+    assert out_of_sync(cluster, "disk", 1) == {0, 3, 5}
+    assert reason(cluster, 1, 0) == "checksum of chunk 2 of block 0 does not match"
+    assert read_all(disk)[: 12 * MIB] == content
+    sync(cluster, "disk")
+    garbage(cluster, 1, 7, 500_000)
+    garbage(cluster, 2, 8, 0, MIB)
+    verify_finds(cluster, 2)
+    assert "checksum of chunk 122 of block 7" in reason(cluster, 1, 7)
+    assert (out_of_sync(cluster, "disk", 1), out_of_sync(cluster, "disk", 2)) == ({7}, {8})
+    sync(cluster, "disk")
+    garbage(cluster, 1, 2, 4096)  # the source of a resync is read and checked as well
+    cluster.ctl("location", "add", "disk", cluster.node(3))
+    sync(cluster, "disk")
+    verify(cluster)
+    assert "checksum of chunk 1 of block 2" in reason(cluster, 1, 2) or not out_of_sync(cluster, "disk", 1)
+    sync(cluster, "disk")
+    assert read_all(disk)[: 12 * MIB] == content
+    assert cluster.compare_replicas("disk") == 48
+
+
+def test_the_last_copy_with_damage_says_so_and_a_whole_chunk_heals_it(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(nodes=1, settings=SETTINGS)
+    cluster.expect_log("checksum of chunk 3 of block 1 does not match")
+    disk = create(cluster, size="4M", locations=(1,), checksum=True)
+    content = bytearray(os.urandom(4 * MIB))
+    write_at(disk, 0, bytes(content))
+    garbage(cluster, 1, 1, 3 * 4096, 1)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_at(disk, MIB + 3 * 4096, 512)
+    assert read_at(disk, MIB, 3 * 4096) == content[MIB : MIB + 3 * 4096]
+    assert "checksum of chunk 3 of block 1" in reason(cluster, 1, 1)
+    assert out_of_sync(cluster, "disk", 1) == set(), "it stays, since there is no other"
+    verify_finds(cluster, 1)
+    cluster.restart(1, "blockd")
+    write_at(disk, MIB + 3 * 4096, bytes(4096))
+    content[MIB + 3 * 4096 : MIB + 4 * 4096] = bytes(4096)
+    assert read_all(disk) == content
+    verify(cluster)

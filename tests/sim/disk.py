@@ -100,6 +100,14 @@ class SimDisk(Disk):
         del inode.cache[size:]
         del inode.stable[size:]
 
+    def spoil(self, path: str, offset: int) -> bytes:
+        """One sector is altered silently; what it holds now."""
+        inode = self.names_now[path]
+        end = min(offset + SECTOR, len(inode.cache))
+        spoilt = bytes(byte ^ 0x55 for byte in inode.cache[offset:end])
+        inode.cache[offset:end] = inode.stable[offset:end] = spoilt
+        return spoilt
+
     def swap(self, other: SimDisk) -> None:
         """Each machine has the other one's disk."""
         self.names_now, other.names_now = other.names_now, self.names_now

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.sim.world import World
-from ukai.blockd import files, flush, image_store, marks, replica, resync, writes
+from ukai.blockd import files, flush, image_store, marks, replica, resync, sums, verify, writes
 from ukai.blockd.activity import Activity
 from ukai.blockd.coordinator import Coordinator
 from ukai.blockd.image_store import ImageStore
@@ -37,6 +37,7 @@ DEFAULT: dict[str, Any] = {
     "repeat": 0.0,
     "slow_ms": 1.0,
     "rare": [],
+    "checksum": False,
     "direct": True,
     "replication": "sync",
 }
@@ -208,6 +209,14 @@ def _write_under_way_is_read() -> list[Patch]:
 
 def _loans_outlive_their_lender() -> list[Patch]:
     return [(World, "end_loans", _nothing)]
+
+
+def _sums_not_looked_at() -> list[Patch]:
+    return [(sums.Sums, "check", _nothing), (sums.Sums, "check_hole", _nothing)]
+
+
+def _difference_not_marked() -> list[Patch]:
+    return [(verify.Verify, "_decide", _nothing_later)]
 
 
 # --- R5
@@ -463,6 +472,7 @@ def _older_metadata_believed() -> list[Patch]:
 
 
 DIFFERS, LACKS, STORED, READS = "is not active and differs", "does not have it", "has not stored it", "possible were"
+SPOILT = (READS, "is torn", "in-sync and verified")
 
 MUTATIONS = (
     Mutation("R1", "a replica takes any epoch", _any_epoch, _world("takeover", locations=3), ("took",)),
@@ -485,6 +495,8 @@ MUTATIONS = (
         _world("kill blockd", "disk", "sync", fault_every_s=0.2),
         (READS,),
     ),
+    Mutation("R4", "checksums are not looked at", _sums_not_looked_at, _world("rot", "migrate", checksum=True), SPOILT),
+    Mutation("R4", "a difference is not marked", _difference_not_marked, _world("rot"), SPOILT),
     Mutation("R5", "writes are not announced", _unannounced, _world("kill blockd", "freeze"), (DIFFERS, LACKS, READS)),
     Mutation(
         "R5", "nothing is reconciled", _nothing_reconciled, _world("takeover", "kill blockd"), ("fenced", DIFFERS)

@@ -15,7 +15,7 @@ from tests.sim.guest import SECTOR, Guest, Register
 from tests.sim.loop import CURRENT, VirtualLoop
 from tests.sim.world import CONFIG, METAD, NODES, Frontend, World
 from ukai.errors import UkaiError
-from ukai.model import IN_SYNC, written
+from ukai.model import IN_SYNC, Image, written
 
 BLOCK_BYTES = 8192
 BLOCKS = 5
@@ -60,6 +60,7 @@ class Scenario:
             "direct": random.Random(f"{seed} direct").random() < 0.7,
             "replication": "flush" if random.Random(f"{seed} replication").random() < 0.4 else "sync",
             "active_limit": apart.choice((3, 4)),
+            "checksum": random.Random(f"{seed} checksum").random() < 0.15,
             **(forced or {}),
         }
         self.faults: dict[str, int] = {}
@@ -98,6 +99,7 @@ class Scenario:
             locations=places,
             hypervisors=list(NODES),
             replication=p["replication"],
+            checksum=p["checksum"],
         )
         world.net.repeat, world.lossy_publish = p["repeat"], p["lossy_publish"]
         self._boot_guest(NODES[0])
@@ -223,6 +225,8 @@ class Scenario:
             await self._swap(node, chance.choice([n for n in NODES if n != node]))
         elif kind == "old metad":
             await self._old_metad()
+        elif kind == "rot":
+            await self._rot(node)
 
     def _fast(self, node: str) -> None:
         self.world.disks[node].slow_s = 0.0
@@ -415,6 +419,7 @@ class Scenario:
         disk = world.disks[node]
         old = [copies[node] for at, copies in self.copies if world_time() - at > OLD_COPY_S]
         image = next(iter(world.database.committed.images.values()))
+        old = [files for files in old if f"/data/{image.name}/.ukai.json" in files[0]]
         paths = [_path(image.name, b) for b in range(BLOCKS) if _path(image.name, b) in disk.names_now]
         if not world.registered(node) or not self._elsewhere(node) or not (old if kind == "old directory" else paths):
             self.faults[kind] -= 1
@@ -493,6 +498,62 @@ class Scenario:
         world.note("metad has its database again")
         world.start_metad()
 
+    async def _rot(self, node: str) -> None:
+        """A disk alters a sector silently.  Checksums keep it from every read; a verify finds it in any case."""
+        world = self.world
+        image = next(iter(world.database.committed.images.values()))
+        blocks = [b for b in range(BLOCKS) if self._may_rot(image, node, b)] if self._calm() else []
+        if not blocks:
+            self.faults["rot"] -= 1
+            return
+        block, offset = world.chance.choice(blocks), world.chance.randrange(BLOCK_BYTES // SECTOR) * SECTOR
+        path = _path(image.name, block)
+        spoilt = world.disks[node].spoil(path, offset)
+        world.note(f"{path} of {node} rots at {offset}")
+        world.rotten.add((node, block))
+        if await self._verified():
+            world.rotten.discard((node, block))
+            replica = image.replica(node, block)
+            found = _block(world.disks[node], image.name, block)[offset : offset + SECTOR]
+            if replica is not None and replica.status == IN_SYNC and found == spoilt:
+                world.violation(f"block {block} of {node} is altered, in-sync and verified")
+
+    def _calm(self) -> bool:
+        """Whether nothing is going on that could take another copy."""
+        world = self.world
+        disks = world.disks.values()
+        return (
+            all(world.registered(n) and not world.blockds[n].process.frozen for n in NODES)
+            and world.metad is not None
+            and world.metad.alive
+            and not (world.net.cuts or world.database.fail or any(d.full or any(d.fail.values()) for d in disks))
+        )
+
+    def _may_rot(self, image: Image, node: str, block: int) -> bool:
+        """Whether there is a good copy elsewhere; without checksums, also that the guest does not read this one."""
+        good = {n for n, r in image.replicas(block).items() if r.status == IN_SYNC and r.generation}
+        guest = self.guest.frontend.node if self.guest is not None else ""
+        unread = image.checksum or (guest == image.writer and guest in good - {node})
+        stored = _path(image.name, block) in self.world.disks[node].names_now
+        return stored and node in good and len(good) > 1 and block not in image.active and unread
+
+    async def _verified(self) -> bool:
+        """A verify, to its end."""
+        world, number = self.world, 0
+        end = world_time() + 4 * CONFIG.io_timeout
+        while world_time() < end:
+            try:
+                if not number:
+                    number = (await world.ctl("verify.start", name="disk"))["job"]["number"]
+                jobs = (await world.ctl("sync.status", name="disk"))["jobs"]
+                if jobs[0]["number"] == number and jobs[0]["state"] == "done":
+                    return True
+            except UkaiError as e:
+                world.note(f"verify: {e.message}")  # another order is under way
+            await asyncio.sleep(0.05)
+        world.violation("a verify does not come to its end")
+        return False
+
     # --- oracles
 
     async def _watch(self) -> None:
@@ -517,7 +578,8 @@ class Scenario:
                     world.violation(f"block {block} has no in-sync replica")
                 if block in image.active or not written(replicas):
                     continue
-                found = {n: _block(world.disks[n], image.name, block) for n in good if not world.altered(n)}
+                known = [n for n in good if not world.altered(n) and (n, block) not in world.rotten]
+                found = {n: _block(world.disks[n], image.name, block) for n in known}
                 first = next(iter(found.values()), b"")
                 if any(data != first for data in found.values()):
                     world.violation(f"block {block} is not active and differs between {good}: {_differences(found)}")
@@ -582,7 +644,7 @@ FAULTS = (
     "kill blockd", "kill metad", "cut", "freeze", "power", "disk", "full", "database", "sync", "stop sync", "migrate",
     "zombie", "location",
 )  # fmt: skip
-RARE = ("slow disk", "takeover", "split", "block file", "old directory", "swap", "old metad")
+RARE = ("slow disk", "takeover", "split", "block file", "old directory", "swap", "old metad", "rot")
 """Drawn apart, so that they leave the chances of the others as they are."""
 OLD_COPY_S = CONFIG.active_age + 1.0
 """How old a copy of a directory must be to be found out: by then each block that is written was announced anew."""

@@ -458,6 +458,8 @@ class World:
         """Nodes that lost power and whose blockd has not registered since."""
         self.tampered: set[str] = set()
         """Nodes whose files somebody altered while blockd was down, and whose blockd has not registered since."""
+        self.rotten: set[tuple[str, int]] = set()
+        """Node and block of what a disk has altered silently and no verify has found yet."""
         self.epochs: dict[tuple[str, str], int] = {}
         """node and image → highest epoch in which the node did something for a coordinator."""
         self.counts: dict[str, int] = {}
@@ -597,7 +599,8 @@ class World:
         for image in self.database.committed.images.values():
             path = f"/data/{image.name}/{block:016d}"
             for node, replica in image.replicas(block).items():
-                if replica.status == IN_SYNC and replica.generation and self.steady(node):
+                trusted = replica.status == IN_SYNC and (node, block) not in self.rotten
+                if trusted and replica.generation and self.steady(node):
                     disk = self.disks[node]
                     inode = (disk.names_stable if flushed else disk.names_now).get(path)
                     out[node] = b"" if inode is None else inode.stable if flushed else inode.cache

@@ -131,7 +131,7 @@ class Coordinator:
             return error
         if replica.reason != error.message:
             await self.mark([(block, node, error.message)])
-        if not isinstance(error, Damaged):
+        if not isinstance(error, Damaged) or "at" in error.details:  # of a chunk that was altered there is no file
             return error
         return Damaged(
             f"{error.message}; node {node} has the last copy: bring the right file back and restart its blockd, "

@@ -246,6 +246,7 @@ class Core:
         await faults.pause("register.ask")
         reply = await self.metad("register", fields)
         await faults.pause("register.answered")
+        await self._renew_sums()
         before = self.store.serial, self.store.cluster_id
         self.store.serial, self.store.cluster_id = integer(reply, "serial"), text(reply, "cluster_id")
         if not self._save_store():  # metad takes this registration for stored with the next request
@@ -255,6 +256,29 @@ class Core:
         self.replica.registered_seq = self.mirror.seq
         self.registered = True
         log.info("registered at metad, change %d", self.mirror.seq)
+
+    async def _renew_sums(self) -> None:
+        """After a start of the machine, data and checksums of what was not flushed need not belong together.
+
+        That is in active blocks only (R5).  Their checksums are made anew before anybody reads them; what other
+        replicas have of the lost writes, metad knows better.
+        """
+        rebooted = self.store.boot_id != self.ports.boot_id
+        for image in [i for i in self.store.images.values() if i.sums is not None]:
+            known = self.mirror.cluster.images.get(image.uuid)
+            blocks = list(known.active.indexes()) if known is not None and rebooted else []
+            if image.sums is not None and image.sums.lost:
+                blocks = [b for b, generation in enumerate(image.generations) if generation]
+                if blocks:
+                    log.warning("%s was missing: checksums are those of the data as they are", image.sums.path)
+            for block in blocks:
+                try:
+                    await self.replica.renew_sums(image, block)
+                except UkaiError as e:
+                    log.info("checksums of block %d of image %s stay as they are: %s", block, image.name, e.message)
+            if image.sums is not None:
+                image.sums.lost = False
+        self.store.boot_id = self.ports.boot_id
 
     def _save_store(self) -> bool:
         """Whether it is stored: metad is told of nothing else, or it would take this store for an older copy later."""

@@ -11,7 +11,7 @@ from typing import Any
 from ukai.blockd.disk import Disk
 from ukai.errors import DiskError, NoSpace, UsageError
 
-META, GENERATIONS, TEMPORARY = ".ukai.json", ".ukai.gen", ".ukai.tmp"
+META, GENERATIONS, SUMS, TEMPORARY = ".ukai.json", ".ukai.gen", ".ukai.sum", ".ukai.tmp"
 RECORD_BYTES = 512
 """Size of our own small files: one sector."""
 HASH_BYTES = 16

@@ -16,6 +16,7 @@ from ukai.blockd.files import (
     GENERATIONS,
     HOLE,
     META,
+    SUMS,
     Bytes,
     check_uuid,
     disk_error,
@@ -27,12 +28,16 @@ from ukai.blockd.files import (
     write_all,
     zeros,
 )
+from ukai.blockd.sums import Sums
 from ukai.errors import Damaged, DiskError, StaleEpoch, UkaiError
 from ukai.model import check_sizes
 from ukai.ranges import RangeMap, join
 
 if TYPE_CHECKING:
     from ukai.blockd.store import Store
+
+CHECKS_BESIDE = 4
+"""How often a thread looks at a chunk that does not match its checksum before the loop is asked."""
 
 
 class ImageStore:
@@ -48,6 +53,10 @@ class ImageStore:
         self.size, self.block_size, self.epoch = whole(meta, "size"), whole(meta, "block_size"), whole(meta, "epoch")
         check_sizes(self.size, self.block_size)
         self.block_count = -(-self.size // self.block_size)
+        self.sums = Sums(self.disk, self.directory, self.size, self.block_size) if meta.get("checksum") else None
+        """The checksums of an image that asks for them."""
+        self._sums_lost = ""
+        """Why sums that were written may not be on the disk, until flush_end() hears of it."""
         self.generations = array.array("Q", bytes(8 * self.block_count))
         self.unflushed: set[int] = set()
         self.poisoned: dict[int, str] = {}
@@ -61,7 +70,7 @@ class ImageStore:
         """Why generations that were written may not be on the disk: they are made anew before the next flush (R7)."""
 
     def load(self) -> None:
-        """Read the generations.  Raises DiskError, NoSpace."""
+        """Read the generations, open the checksums.  Raises DiskError, NoSpace."""
         path = f"{self.directory}/{GENERATIONS}"
         try:
             self._gen_fd = self.disk.open(path, create=True)
@@ -75,12 +84,21 @@ class ImageStore:
             loaded.byteswap()
         loaded.extend([0] * (self.block_count - len(loaded)))
         self.generations = loaded
+        if self.sums is not None:
+            try:
+                self.sums.open()
+                self.sums.lost = self.sums.lost and any(self.generations)
+            except OSError as e:
+                self.close()
+                raise disk_error(e, self.sums.path) from e
 
     def close(self) -> None:
         self.store.forget_files(self.uuid)
         if self._gen_fd >= 0:
             self.disk.close(self._gen_fd)
             self._gen_fd = -1
+        if self.sums is not None:
+            self.sums.close()
 
     def path(self, block: int) -> str:
         return f"{self.directory}/{self.store.blockname_format % block}"
@@ -91,6 +109,8 @@ class ImageStore:
     def save(self, epoch: int) -> None:
         """Persist the highest epoch seen before anything of that epoch touches a file (R1).  Raises DiskError."""
         fields = {"uuid": self.uuid, "size": self.size, "block_size": self.block_size, "epoch": epoch}
+        if self.sums is not None:
+            fields["checksum"] = True
         try:
             keep_record(self.disk, self.directory, META, fields)
         except OSError as e:
@@ -142,6 +162,8 @@ class ImageStore:
     def _create(self, block: int) -> None:
         """Make a block file that reads as zeros.  Raises DiskError, NoSpace."""
         try:
+            if self.sums is not None:
+                self.sums.clear(block)
             make_file(self.disk, self.directory, self.store.blockname_format % block, b"", self.block_bytes(block))
         except OSError as e:
             raise disk_error(e, self.path(block)) from e
@@ -197,27 +219,50 @@ class ImageStore:
         """Raises Damaged, NoSpace or DiskError; ``touched`` in its details: whether the file may have changed."""
         fd = self._target(block, generation)
         self.unflushed.add(block)
+        sums = self.sums
+        if sums is not None:
+            self._announce(sums, fd, block, offset, len(data), data)
         try:
             done = self.disk.pwrite(fd, data, offset)
         except OSError as e:
+            if sums is not None:
+                sums.accept_failed(fd, block, offset, len(data))
             touched = e.errno not in (errno.ENOSPC, errno.EDQUOT)
             raise disk_error(e, f"write to {self.path(block)}", touched) from e
         if done != len(data):
             try:
                 write_all(self.disk, fd, memoryview(data)[done:], offset + done)
             except OSError as e:
+                if sums is not None:
+                    sums.accept_failed(fd, block, offset, len(data))
                 raise disk_error(e, f"write to {self.path(block)}", touched=True) from e
+        if sums is not None:
+            sums.written(block, offset, len(data))
+
+    def _announce(self, sums: Sums, fd: int, block: int, offset: int, length: int, data: Bytes | None) -> None:
+        """Store the checksums of what is about to be written.  Raises Damaged, DiskError, NoSpace."""
+        try:
+            sums.begin(fd, block, offset, length, data)
+        except OSError as e:
+            raise disk_error(e, f"checksums of {self.path(block)}") from e
 
     def punch(self, block: int, offset: int, length: int, generation: int) -> None:
         """Make a part read as zeros and free its space.  Raises as write()."""
         fd = self._target(block, generation)
         self.unflushed.add(block)
+        sums = self.sums
+        if sums is not None:
+            self._announce(sums, fd, block, offset, length, None)
         try:
             self.disk.punch(fd, offset, length)
         except OSError as e:
             if e.errno != errno.EOPNOTSUPP:
+                if sums is not None:
+                    sums.accept_failed(fd, block, offset, length)
                 raise disk_error(e, f"discard in {self.path(block)}", touched=True) from e
             self.write(block, offset, zeros(length), generation)
+        if sums is not None:
+            sums.written(block, offset, length)
 
     def check(self, block: int, generation: int) -> None:
         """Raises Damaged unless the block is of this generation (R8)."""
@@ -234,7 +279,33 @@ class ImageStore:
 
     def read(self, block: int, offset: int, length: int) -> bytes:
         """Raises Damaged, DiskError."""
-        return self._pread(self.file(block), block, length, offset)
+        fd = self.file(block)
+        return self._pread(fd, block, length, offset) if self.sums is None else self._checked(fd, block, offset, length)
+
+    def _checked(self, fd: int, block: int, offset: int, length: int) -> bytes:
+        """Whole chunks are read and checked.  Raises Damaged, DiskError."""
+        assert self.sums is not None
+        start, end = self.sums.bounds(block, offset, length)
+        data = self._pread(fd, block, end - start, start)
+        self._check_sums(self.sums, block, start, data)
+        return data[offset - start : offset - start + length]
+
+    def _check_sums(self, sums: Sums, block: int, start: int, data: Bytes) -> None:
+        """Raises Damaged, DiskError."""
+        try:
+            sums.check(block, start, data)
+        except OSError as e:
+            raise disk_error(e, f"checksums of {self.path(block)}") from e
+
+    def _checked_beside(self, fd: int, block: int, offset: int, length: int) -> bytes:
+        """_checked() in a thread: what the loop was just writing is read again.
+
+        Where that does not help, only a look in the loop can tell.
+        """
+        for _ in range(CHECKS_BESIDE):
+            with contextlib.suppress(Damaged):
+                return self._checked(fd, block, offset, length)
+        return self._checked(fd, block, offset, length)
 
     def _pread(self, fd: int, block: int, length: int, offset: int) -> bytes:
         """Raises Damaged, DiskError."""
@@ -250,10 +321,16 @@ class ImageStore:
 
     def read_cached(self, block: int, offset: int, length: int) -> bytearray | None:
         """As read(), or None where the disk itself would be needed."""
+        sums = self.sums
+        start, end = (offset, offset + length) if sums is None else sums.bounds(block, offset, length)
         try:
-            return self.disk.pread_cached(self.file(block), length, offset)
+            data = self.disk.pread_cached(self.file(block), end - start, start)
         except OSError as e:
             raise disk_error(e, f"read of {self.path(block)}") from e
+        if sums is None or data is None:
+            return data
+        self._check_sums(sums, block, start, data)
+        return data[offset - start : offset - start + length] if end - start != length else data
 
     def borrow(self, block: int) -> int:
         """A descriptor of the block file for a thread beside the loop, which closes it.  Raises as file()."""
@@ -266,12 +343,44 @@ class ImageStore:
     def read_beside(self, fd: int, block: int, offset: int, length: int) -> bytes:
         """read() in a thread, on a borrowed descriptor."""
         try:
-            return self._pread(fd, block, length, offset)
+            if self.sums is None:
+                return self._pread(fd, block, length, offset)
+            return self._checked_beside(fd, block, offset, length)
         finally:
             self.disk.close(fd)
 
+    def matches_beside(self, fd: int, block: int, offset: int, length: int) -> bool:
+        """Whether some whole chunks have their checksums; in a thread, on a borrowed descriptor."""
+        assert self.sums is not None
+        try:
+            data_at = self.disk.data_after(fd, offset)
+            if data_at is None or data_at >= offset + length:
+                self.sums.check_hole(block, offset, length)
+            else:
+                self.sums.check(block, offset, self._pread(fd, block, length, offset))
+        except Damaged:
+            return False
+        except OSError as e:
+            raise disk_error(e, f"read of {self.path(block)}") from e
+        finally:
+            self.disk.close(fd)
+        return True
+
+    def accept(self, block: int, offset: int, length: int) -> None:
+        """Take what some whole chunks hold for right: nothing better is known.  Raises Damaged, DiskError."""
+        assert self.sums is not None
+        data = self._pread(self.file(block), block, length, offset)
+        try:
+            self.sums.accept(block, offset, data)
+        except OSError as e:
+            raise disk_error(e, self.sums.path) from e
+        self.unflushed.add(block)
+
     def flush_begin(self, blocks: Iterable[int]) -> list[tuple[int, int, str]]:
-        """What flush_beside() needs: (block, borrowed descriptor, reason why there is none); −1: the generations."""
+        """What flush_beside() needs: (block, borrowed descriptor, reason why there is none).
+
+        −1 stands for the generations, −2 for the checksums.
+        """
         out: list[tuple[int, int, str]] = []
         try:
             if self._gen_lost:
@@ -279,6 +388,11 @@ class ImageStore:
             out.append((-1, self.disk.dup(self._gen_fd), ""))
         except OSError as e:
             out.append((-1, -1, disk_error(e, f"{self.directory}/{GENERATIONS}").message))
+        if self.sums is not None:
+            try:
+                out.append((-2, self.disk.dup(self.sums.fd), ""))
+            except OSError as e:
+                out.append((-2, -1, disk_error(e, self.sums.path).message))
         for block in blocks:
             if block in self.poisoned:
                 out.append((block, -1, self.poisoned[block]))
@@ -294,24 +408,26 @@ class ImageStore:
     def flush_beside(self, work: list[tuple[int, int, str]]) -> dict[int, str]:
         """fdatasync of generations and blocks, in a thread; block → reason for those that failed (R7)."""
         failed: dict[int, str] = {}
-        lost = ""
+        lost = sums_lost = ""
         for block, fd, given in work:
             writes = self._gen_writes
             reason = given or self._flush_one(block, fd)
-            if block < 0:
+            if block == -2:
+                self._sums_lost = sums_lost = reason
+            elif block == -1:
                 if not reason:
                     self._gen_synced = max(self._gen_synced, writes)
                 self._gen_lost = self._gen_lost or reason
                 lost = self._gen_lost
-            elif reason or lost:
-                failed[block] = reason or lost
+            elif reason or sums_lost or lost:
+                failed[block] = reason or sums_lost or lost
         return failed
 
     def _flush_one(self, block: int, fd: int) -> str:
         """fdatasync of one borrowed descriptor, which is closed; why it failed."""
-        what = f"{self.directory}/{GENERATIONS}" if block < 0 else self.path(block)
+        what = self.path(block) if block >= 0 else f"{self.directory}/{GENERATIONS if block == -1 else SUMS}"
         try:
-            if block >= 0 or self._gen_synced != self._gen_writes:
+            if block != -1 or self._gen_synced != self._gen_writes:
                 self.disk.fdatasync(fd)
             if not self.disk.linked(fd):
                 return f"{what} was removed while in use"
@@ -328,8 +444,12 @@ class ImageStore:
     def flush_end(self, failed: dict[int, str]) -> None:
         """A block whose flush failed keeps failing until it is made anew (R7).
 
-        One that failed for its generation alone does not: generations are made anew before the next flush.
+        One that failed for its generation alone does not: generations are made anew before the next flush.  Where
+        checksums were lost, none can tell those of which blocks.
         """
+        if self._sums_lost:
+            self.poisoned.update(dict.fromkeys(self.unflushed, self._sums_lost))
+            self._sums_lost = ""
         self.poisoned.update({b: reason for b, reason in failed.items() if reason != self._gen_lost})
 
     def _renew_generations(self) -> None:
@@ -399,16 +519,28 @@ class ImageStore:
                 size = min(chunk, offset + length - at)
                 if data_at is not None and data_at < at:
                     data_at = self.disk.data_after(fd, at)
-                if data_at is None or data_at >= at + size:
+                if (data_at is None or data_at >= at + size) and self._hole(block, at, size):
                     out.append(HOLE)
                     continue
-                data = self._pread(fd, block, size, at)
+                if self.sums is None:
+                    data = self._pread(fd, block, size, at)
+                else:
+                    data = self._checked_beside(fd, block, at, size)
                 out.append(HOLE if data == zeros(size) else xxhash.xxh3_128_digest(data))
         except OSError as e:
             raise disk_error(e, f"read of {self.path(block)}") from e
         finally:
             self.disk.close(fd)
         return b"".join(out)
+
+    def _hole(self, block: int, offset: int, length: int) -> bool:
+        """Whether a part that looks like a hole may be one: checksums may say that there were data.  Raises OSError."""
+        if self.sums is not None:
+            try:
+                self.sums.check_hole(block, offset, length)
+            except Damaged:
+                return False  # written meanwhile, or lost
+        return True
 
     def allocated(self, ranges: Iterable[tuple[int, int]]) -> int:
         """Bytes that block files take on the disk.  Raises DiskError."""
@@ -520,6 +652,8 @@ class ImageStore:
                 try:
                     if self.generations[block]:
                         self.set_generation(block, 0)
+                    if self.sums is not None:
+                        self.sums.clear(block)
                     with contextlib.suppress(FileNotFoundError):
                         self.disk.unlink(self.path(block))
                 except OSError as e:

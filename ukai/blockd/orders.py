@@ -63,6 +63,7 @@ class Orders:
             integer(header, "size", 1),
             integer(header, "block_size", 1),
             mode,
+            flag(header, "checksum"),
         )
         if mode != "adopt":
             return {}

@@ -199,7 +199,7 @@ class Reads:
                     store.check(block, good[node])
                     data: Payload | None = store.read_cached(block, offset, length)
                     if data is None:
-                        data = await c.core.run_disk(store.read_beside, store.borrow(block), block, offset, length)
+                        data = await c.core.replica.read(store, block, offset, length)
                     if self._readable_here(block, good[node]):
                         c.readable.stores[block] = store
                 elif c.behind.touches(block, offset, offset + length):

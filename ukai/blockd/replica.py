@@ -27,6 +27,7 @@ RunDisk = Callable[..., Awaitable[Any]]
 
 HASH_LENGTH_LIMIT_BYTES = 64 * 2**20
 READ_LIMIT_BYTES = 8 * 2**20
+SUMS_AT_ONCE_BYTES = 4 * 2**20
 SESSION_LIMIT = 1000
 NAME_LIMIT = 255
 
@@ -263,8 +264,23 @@ class Replica:
         That they are of no generation is on the disk before anything is copied into them.  Raises UkaiError.
         """
         await self._one_by_one(image, epoch, blocks, image.disown if empty else image.renew)
+        if image.sums is not None and not empty:
+            for block in blocks:
+                self._admit(image, epoch)
+                await self.renew_sums(image, block)
         await self.flush(image, [])
         return {}, None
+
+    async def renew_sums(self, image: ImageStore, block: int) -> None:
+        """Make the checksums of a block those of what it holds.  Raises Damaged, DiskError.
+
+        A thread looks for what differs; only the loop, which also writes, alters anything.
+        """
+        length = image.block_bytes(block)
+        for at in range(0, length, SUMS_AT_ONCE_BYTES):
+            size = min(SUMS_AT_ONCE_BYTES, length - at)
+            if not await self.run_disk(image.matches_beside, image.borrow(block), block, at, size):
+                image.accept(block, at, size)
 
     # --- what reads
 
@@ -280,7 +296,17 @@ class Replica:
         return ({}, data) if data is not None else self._read_beside(image, block, offset, length)
 
     async def _read_beside(self, image: ImageStore, block: int, offset: int, length: int) -> Answer:
-        return {}, await self.run_disk(image.read_beside, image.borrow(block), block, offset, length)
+        return {}, await self.read(image, block, offset, length)
+
+    async def read(self, image: ImageStore, block: int, offset: int, length: int) -> bytes:
+        """Read from the disk.  Raises Damaged, DiskError."""
+        try:
+            data: bytes = await self.run_disk(image.read_beside, image.borrow(block), block, offset, length)
+        except Damaged:
+            if image.sums is None:
+                raise
+            data = image.read(block, offset, length)  # nothing is being written now
+        return data
 
     def _hash(self, header: Header) -> Awaitable[Answer]:
         image, length = self._image(header), integer(header, "l", 1, HASH_LENGTH_LIMIT_BYTES)
@@ -298,8 +324,15 @@ class Replica:
         """16 bytes for each chunk of a part of a block.  Raises Damaged, DiskError."""
         if image.generations[block] == 0 and self.store.disk.stat(image.path(block)) is None:
             return HOLE * -(-length // chunk)
-        data: bytes = await self.run_disk(image.hash_beside, image.borrow(block), block, offset, length, chunk)
-        return data
+        while True:
+            try:
+                data: bytes = await self.run_disk(image.hash_beside, image.borrow(block), block, offset, length, chunk)
+                return data
+            except Damaged as e:
+                at = e.details.get("at")
+                if type(at) is not int:
+                    raise
+                image.read(block, at, 1)  # raises as well, unless the chunk was just being written
 
     async def _usage(self, header: Header) -> Answer:
         image = self._image(header)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, TypeVar
 
 from ukai import faults
 from ukai.blockd.files import HASH_BYTES, HOLE, zeros
 from ukai.blockd.jobs import BLOCKS_AT_ONCE, GROUP_BLOCKS, GROUP_BYTES, HASH_SPAN_BYTES, Run
 from ukai.blockd.peer import Payload
-from ukai.errors import NotCoordinator, NotReady, StaleEpoch, UkaiError, Unreachable
+from ukai.errors import DiskError, NotCoordinator, NotReady, StaleEpoch, UkaiError, Unreachable
 from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, Job
 from ukai.ranges import join
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from ukai.blockd.coordinator import Coordinator
 
 log = logging.getLogger(__name__)
+
+Data = TypeVar("Data")
 
 FINISH_S = 0.5
 """How long whole blocks wait for others to be made in-sync with them: all that an interruption can cost."""
@@ -208,7 +211,8 @@ class Resync(Run):
         chunk = self._c.core.config.sync_chunk
         source = self._source(block)
         theirs, ours = await asyncio.gather(
-            self._hash(target, block, offset, length, chunk), self._hash(source, block, offset, length, chunk)
+            self._hash(target, block, offset, length, chunk),
+            self._of_source(block, source, self._hash(source, block, offset, length, chunk)),
         )
         copies = []
         for index in range(-(-length // chunk)):
@@ -232,13 +236,22 @@ class Resync(Run):
             await self._take(length)
             async with self._locked(block, offset, length):
                 source = self._source(block)
-                data = await self._read(source, block, offset, length)
+                data = await self._of_source(block, source, self._read(source, block, offset, length))
                 await faults.pause("sync.read")
                 sending = self._send(target, block, offset, data)
             await faults.pause("sync.sent")
             await sending
         self.bytes_copied += length
         self.bytes_done += length
+
+    async def _of_source(self, block: int, source: str, work: Awaitable[Data]) -> Data:
+        """What a source answers; one that fails is marked, and the block left to the next pass, with another (R4)."""
+        try:
+            return await work
+        except DiskError as e:
+            if await self._c.mark([(block, source, e.message)]):
+                raise  # the last one stays
+            raise NotReady(f"block {block} at node {source}: {e.message}") from None
 
     async def _read(self, node: str, block: int, offset: int, length: int) -> Payload:
         c = self._c
@@ -248,8 +261,7 @@ class Resync(Run):
         if node == c.own:
             store = c.core.store.image(c.uuid)
             store.check_least(block, c.image.required(node, block))
-            data: bytes = await c.core.run_disk(store.read_beside, store.borrow(block), block, offset, length)
-            return data
+            return await c.core.replica.read(store, block, offset, length)
         fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "g": replica.generation}
         _, payload = await c.core.peer(node).ask("r", fields)
         if payload is None or len(payload) != length:

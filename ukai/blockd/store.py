@@ -3,6 +3,7 @@
     data_root/.ukai/store.json       which store this is, and what it has seen (R8, R12)
     data_root/<image>/.ukai.json     uuid, sizes, highest epoch seen (R1)
     data_root/<image>/.ukai.gen      generation of each block, 8 bytes little endian, 0: never written (R8)
+    data_root/<image>/.ukai.sum      checksums, where the image asks for them (see sums.py)
     data_root/<image>/<block>        the block, named by blockname_format
 
 A file alone proves nothing: a block is good only with the right image uuid, the right size and the generation
@@ -21,6 +22,7 @@ from ukai.blockd.disk import Disk
 from ukai.blockd.files import (
     GENERATIONS,
     META,
+    SUMS,
     TEMPORARY,
     disk_error,
     keep_record,
@@ -46,6 +48,8 @@ class Store:
         self.highest_seq = 0
         self.maker = ""
         """The metad process that made that change (R12)."""
+        self.boot_id = ""
+        """The run of the kernel in which this store was used last: unflushed writes of another may be lost in part."""
         self.strange: list[str] = []
         """Directories under data_root that hold no image of ours, with the reason."""
         self.on_forget: Callable[[str, int | None], None] = lambda uuid, block: None
@@ -101,6 +105,7 @@ class Store:
             self.store_id, self.cluster_id = words(fields, "store_id"), words(fields, "cluster_id")
             self.serial, self.highest_seq = whole(fields, "serial"), whole(fields, "highest_seq")
             self.maker = words(fields, "maker") if "maker" in fields else ""
+            self.boot_id = words({"boot_id": "", **fields}, "boot_id")
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             path = f"{self.root}/.ukai/store.json"
             raise UsageError(f"{path} is damaged ({e}); bring it back from a copy or move it away") from e
@@ -125,6 +130,7 @@ class Store:
             "serial": self.serial,
             "highest_seq": self.highest_seq,
             "maker": self.maker,
+            "boot_id": self.boot_id,
         }
         keep_record(self.disk, f"{self.root}/.ukai", "store.json", fields)
 
@@ -137,7 +143,9 @@ class Store:
             )
         return image
 
-    def prepare(self, uuid: str, name: str, size: int, block_size: int, mode: str) -> ImageStore:
+    def prepare(
+        self, uuid: str, name: str, size: int, block_size: int, mode: str, checksum: bool = False
+    ) -> ImageStore:
         """Make room for an image (``create``, ``adopt`` or ``join``).
 
         Raises Exists where data of another image, or any data but at an adoption, are in the way; UsageError for
@@ -150,11 +158,12 @@ class Store:
             if (known.name, known.size, known.block_size) != (name, size, block_size):
                 raise Exists(f"{known.directory} holds image {known.name} in another form; move it away")
             return known
-        image = ImageStore(self, check_name(name), {"uuid": uuid, "size": size, "block_size": block_size, "epoch": 0})
+        meta = {"uuid": uuid, "size": size, "block_size": block_size, "epoch": 0, "checksum": checksum}
+        image = ImageStore(self, check_name(name), meta)
         directory = image.directory
         try:
             fresh = not self.disk.exists(directory)
-            names = [] if fresh else [n for n in self.disk.names(directory) if n not in (TEMPORARY, GENERATIONS)]
+            names = [] if fresh else [n for n in self.disk.names(directory) if n not in (TEMPORARY, GENERATIONS, SUMS)]
             if META in names:
                 raise Exists(f"{directory} holds another image; move it away or choose another name")
             if names and mode == "create":
@@ -177,8 +186,9 @@ class Store:
             if fresh:
                 self.disk.mkdir(image.directory)
                 self.disk.sync_directory(self.root)
-            with contextlib.suppress(FileNotFoundError):
-                self.disk.unlink(f"{image.directory}/{GENERATIONS}")  # without META beside it, of nothing
+            for stale in (GENERATIONS, SUMS):  # without META beside them, of nothing
+                with contextlib.suppress(FileNotFoundError):
+                    self.disk.unlink(f"{image.directory}/{stale}")
             image.load()
             image.save(0)
         except OSError as e:
@@ -191,7 +201,7 @@ class Store:
     def _clear(self, image: ImageStore, fresh: bool) -> None:
         """Take back what ``_furnish`` made, as far as the disk lets us."""
         image.close()
-        for mine in (META, GENERATIONS, TEMPORARY):
+        for mine in (META, GENERATIONS, SUMS, TEMPORARY):
             with contextlib.suppress(OSError):
                 self.disk.unlink(f"{image.directory}/{mine}")
         if fresh:
@@ -216,7 +226,7 @@ class Store:
             return
         self.release(uuid)
         try:
-            for mine in (GENERATIONS, TEMPORARY, META):
+            for mine in (GENERATIONS, SUMS, TEMPORARY, META):
                 with contextlib.suppress(FileNotFoundError):
                     self.disk.unlink(f"{image.directory}/{mine}")
             with contextlib.suppress(OSError):  # not empty: something that is not ours

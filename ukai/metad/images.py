@@ -14,7 +14,6 @@ from ukai.ranges import RangeMap, RangeSet
 
 DEFAULT_BLOCK_SIZE_BYTES = 64 * 2**20
 REPLICATIONS = ("sync", "flush")
-NOT_BUILT = "is not possible yet"
 
 
 async def create(core: Core, fields: Header) -> Header:
@@ -33,13 +32,12 @@ async def create(core: Core, fields: Header) -> Header:
         raise UsageError("at least one location is wanted: a node that holds the blocks")
     hypervisors = _nodes(core, fields, "hypervisors") or list(locations)
     replication = _replication(fields)
-    if messages.flag(fields, "checksum"):
-        raise UsageError(f"an image with checksums {NOT_BUILT}; leave --checksum out")
+    checksum = messages.flag(fields, "checksum")
     _check_free(core, name)
     uuid = core.ports.new_uuid()
     core.creating.add(name)
     try:
-        shape: Header = {"uuid": uuid, "name": name, "size": size, "block_size": block_size}
+        shape: Header = {"uuid": uuid, "name": name, "size": size, "block_size": block_size, "checksum": checksum}
         last = -(-size // block_size) - 1
         await _prepare(core, locations, {**shape, "mode": "create", "ranges": [[0, last]]}, patience(fields))
         row: Change = {**shape, "hypervisors": hypervisors, "online": True, "replication": replication}

@@ -25,7 +25,7 @@ async def location_add(core: Core, fields: Header) -> Header:
     wanted = wanted_blocks(image, fields)
     shape: Header = {"uuid": image.uuid, "name": image.name, "size": image.size, "block_size": image.block_size}
     new = _missing(image, node, wanted)
-    request: Header = {**shape, "mode": "join", "ranges": [list(r) for r in new]}
+    request: Header = {**shape, "checksum": image.checksum, "mode": "join", "ranges": [list(r) for r in new]}
     await core.call(node, "prepare", request, patience(fields))
     image = core.image(image.uuid)
     new = _missing(image, node, wanted)

@@ -80,7 +80,9 @@ def creation_options(function: Any) -> Any:
             show_default=True,
             help="sync: a write is done when every copy has it.  flush is not possible yet.",
         ),
-        click.option("--checksum", is_flag=True, help="Checksums beside the blocks; not possible yet."),
+        click.option(
+            "--checksum", is_flag=True, help="Checksums beside the blocks: what a disk alters silently is not read."
+        ),
     ]
     for option in reversed(options):
         function = option(function)
