@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import measure, systems
-from bench.fio import FioError
-from bench.machines import PeerError
 from bench.results import Results
 from bench.rows import ROWS
 from bench.systems import FILE_BYTES, Binding, GlusterFS, Image, MooseFS, Plain, System, Ukai
-from tests.cluster import CtlError
 
 ALL = tuple(row.name for row in ROWS)
 READS = tuple(row.name for row in ROWS if row.side == "read")
-FAILURES = (FioError, PeerError, CtlError, AssertionError, OSError)
-"""What a system can do to the benchmark; it goes on without it."""
 PEERS = ("glusterfs", "moosefs")
 
 
@@ -78,7 +74,7 @@ class Contenders:
             system.setup(home)
             self._results.about.setdefault("systems", {})[name] = system.about
             measure.fill(system.path(), FILE_BYTES, system.prefix(), system.close)
-        except FAILURES as e:
+        except Exception as e:  # whatever a system does to the benchmark, it goes on without it
             self.failed(name, "its setup", e)
             self.drop(name)
             return None
@@ -98,7 +94,9 @@ class Contenders:
             system.close()
 
     def close(self) -> None:
-        for name in list(self._running):
-            self.drop(name)
-        self.ukai.close()
-        self._via_blockd.close()
+        """End all; one that does not end holds up none of the others."""
+        with ExitStack() as last:
+            last.callback(self._via_blockd.close)
+            last.callback(self.ukai.close)
+            for name in list(self._running):
+                last.callback(self.drop, name)

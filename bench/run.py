@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 
 from bench import cases, fio, measure, page, picture, report, resync, scale
-from bench.contenders import ALL, FAILURES, PEERS, Contenders
+from bench.contenders import ALL, PEERS, Contenders
 from bench.results import Results, Sample
 from bench.rows import BY_NAME, LARGE_READ, LARGE_WRITE
 from bench.systems import FILE_BYTES, GlusterFS, MooseFS
@@ -37,6 +37,8 @@ QUICK_ROWS = ["seq-write", "seq-read", "rand-read-1", "rand-write-1", "write-fsy
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "results.json"
 ROWS_SHARE = 0.62
 """Part of the time that the rounds may take, where other parts are wanted too."""
+PAGE_WIDTH = 180
+"""Of the tables where they go to a file."""
 STRIKES = 2
 """A system that failed so often is left out from then on."""
 
@@ -142,7 +144,7 @@ class Run:
         began = time.monotonic()
         try:
             work()
-        except FAILURES as e:
+        except Exception as e:
             self._contenders.failed("ukai", f"part {name}", e)
         self._results.save(self._args.out)
         print(f"part {name}: {time.monotonic() - began:.0f} s", flush=True)
@@ -171,7 +173,7 @@ class Run:
                         continue
                     try:
                         self.keep(measure.sample(system, BY_NAME[name], number, self._args.runtime, RAMP_S))
-                    except FAILURES as e:
+                    except Exception as e:
                         self._contenders.failed(who, name, e)
                         strikes[who] += 1
                         if strikes[who] == STRIKES:
@@ -220,7 +222,7 @@ def _ended(number: int, frame: FrameType | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv, dict(os.environ))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PAGE_WIDTH)
     results = Results.load(args.out) if (args.merge or args.show) and args.out.exists() else Results()
     if not args.show:
         if os.geteuid() != 0:
