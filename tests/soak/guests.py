@@ -38,7 +38,8 @@ class Load:
 def figures(guest: subprocess.Popen[str], timeout_s: float) -> tuple[int, int]:
     """Wait for fio's end; bytes (written, verified).  Raises AssertionError unless all is well."""
     output, _ = guest.communicate(timeout=timeout_s)
-    assert guest.returncode == 0, f"fio ended with {guest.returncode}: {output[-1500:]}"
+    complaints = output.partition("{")[0].strip()[-1500:]
+    assert guest.returncode == 0, f"fio ended with {guest.returncode}: {complaints}"
     job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
-    assert job["error"] == 0, f"fio reports error {job['error']}: {output[-1500:]}"
+    assert job["error"] == 0, f"fio reports error {job['error']}: {complaints}"
     return int(job["write"]["io_bytes"]), int(job["read"]["io_bytes"])

@@ -55,7 +55,7 @@ class Soak:
         self.events: Counter[str] = Counter()
 
     def say(self, text: str) -> None:
-        print(f"{time.monotonic() - self.began:7.1f} s  {text}", flush=True)
+        print(f"{time.monotonic() - self.began:7.1f} s  {time.time():.1f}  {text}", flush=True)  # as in the logs
 
     @property
     def over(self) -> bool:
