@@ -50,6 +50,12 @@ class Contenders:
             ),
             "ukai-1": Contender(lambda: Image("ukai-1", "1 replica", self.ukai, (1,)), every_round=False),
             "ukai-3": Contender(lambda: Image("ukai-3", "3 replicas", self.ukai, (1, 2, 3)), every_round=False),
+            "ukai-checksum": Contender(
+                lambda: Image(
+                    "ukai-checksum", "2 replicas, one of them local, --checksum", self.ukai, (1, 2), "--checksum"
+                ),
+                every_round=False,
+            ),
         }
         if systems.has_short_circuit():
             self.table["ukai-via-blockd"] = Contender(

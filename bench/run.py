@@ -35,7 +35,7 @@ RAMP_S = 0.5
 QUICK = {"rounds": 1, "parts": ["rows", "memory", "images", "cold"]}
 QUICK_ROWS = ["seq-write", "seq-read", "rand-read-1", "rand-write-1", "write-fsync"]
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "build" / "bench" / "results.json"
-ROWS_SHARE = 0.62
+ROWS_SHARE = 0.66
 """Part of the time that the rounds may take, where other parts are wanted too."""
 PAGE_WIDTH = 180
 """Of the tables where they go to a file."""
@@ -55,7 +55,7 @@ def parse(argv: list[str] | None, env: dict[str, str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=QUICK["rounds"] if quick else 3)
     parser.add_argument("--runtime", type=float, default=2.0, help="seconds per row")
     parser.add_argument(
-        "--minutes", type=float, default=15.0, help="what doesn't fit is left out and told; 0: no limit"
+        "--minutes", type=float, default=14.0, help="what doesn't fit is left out and told; 0: no limit"
     )
     parser.add_argument("--peers", action="store_true", default=peers, help="GlusterFS and MooseFS too")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="results; the picture lies beside")
