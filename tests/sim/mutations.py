@@ -533,7 +533,9 @@ MUTATIONS = (
     Mutation("R9", "the last copy is marked", _last_copy_marked, _world("disk", locations=1), ("no in-sync replica",)),
     Mutation("R9", "the last copy is removed", _last_copy_removed, _world("location"), ("no in-sync replica", READS)),
     Mutation("R10", "a full disk is success", _full_disk_is_success, _world("full"), (LACKS,)),
-    Mutation("R10", "full once is full for ever", _full_for_ever, _world("full", locations=1), ("writes go on",), 3.0),
+    Mutation(
+        "R10", "full once is full for ever", _full_for_ever, _world("full", locations=1), ("writes do not go on",), 3.0
+    ),
     Mutation(
         "R11",
         "copied without a lock",

@@ -143,8 +143,8 @@ class Scenario:
 
     async def _replace_stale(self) -> None:
         """A guest that was told that its disk is another's now is started anew."""
-        guest = self.guest
-        if guest is not None and guest.stale():
+        guest, early = self.guest, self.parameters["replication"] == "flush"
+        if guest is not None and (guest.stale() or (early and guest.frontend.stale)):
             self.world.note("the guest's handles are stale")
             await self._end_guest(flush=False)
             self._boot_guest(self.world.chance.choice(NODES))
@@ -602,11 +602,15 @@ class Scenario:
         await self._until(
             "all nodes are registered again", lambda: all(b.core.registered for b in world.blockds.values()), 20
         )
-        await self._replace_stale()
         if self.guest is None:
             self._boot_guest(NODES[0])
-        before = world.counts.get("stored", 0)
-        await self._until("writes go on", lambda: world.counts.get("stored", 0) > before + 30, 4 * CONFIG.io_timeout)
+        wanted, end = world.counts.get("stored", 0) + 30, world_time() + 4 * CONFIG.io_timeout
+        while world.counts.get("stored", 0) < wanted:
+            await self._replace_stale()
+            if world_time() >= end:
+                world.violation("writes do not go on after healing")
+                break
+            await asyncio.sleep(0.02)
         end = world_time() + HEAL_LIMIT_S
         while not self._all_in_sync():
             if world_time() > end:

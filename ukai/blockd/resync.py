@@ -73,7 +73,7 @@ class Resync(Run):
                 self.blocks_total = self.blocks_done + len(left)
                 self.bytes_total = self.bytes_done + sum(map(c.image.block_bytes, left))
                 if not work:
-                    await self._end("done", "")
+                    await self._end("done", self._sum())
                     return
                 reachable = {n: blocks for n, blocks in work.items() if n == c.own or c.core.peer(n).up}
                 if not reachable:
@@ -91,6 +91,11 @@ class Resync(Run):
             await self._end("failed", e.message)
         finally:
             await self._abandon()
+
+    def _sum(self) -> str:
+        """How it ended, in a line."""
+        compared = self.bytes_equal + self.bytes_copied + self.bytes_hole
+        return f"{self.blocks_done} blocks, {compared} bytes compared: {self.bytes_copied} copied"
 
     async def _abandon(self) -> None:
         """What is still syncing by this run is out-of-sync again: never syncing for ever."""
@@ -192,8 +197,12 @@ class Resync(Run):
         if replica is None or replica.status != SYNCING:
             return False
         length = c.image.block_bytes(block)
+        hashes = await self._hashes(target, block, 0)
         for at in range(0, length, HASH_SPAN_BYTES):
-            await self._span(target, block, at, min(HASH_SPAN_BYTES, length - at))
+            # while one span is copied the next one is compared
+            _, hashes = await asyncio.gather(
+                self._span(target, block, at, *hashes), self._hashes(target, block, at + HASH_SPAN_BYTES)
+            )
             replica = c.image.replica(target, block)
             if not self._goes_on or replica is None or replica.status != SYNCING:
                 return False
@@ -207,13 +216,21 @@ class Resync(Run):
         self._count(block)
         return True
 
-    async def _span(self, target: str, block: int, offset: int, length: int) -> None:
-        chunk = self._c.core.config.sync_chunk
-        source = self._source(block)
-        theirs, ours = await asyncio.gather(
+    async def _hashes(self, target: str, block: int, offset: int) -> tuple[bytes, bytes]:
+        """Hashes of a span's chunks at the target and at the source; none behind the end of the block."""
+        length = min(HASH_SPAN_BYTES, self._c.image.block_bytes(block) - offset)
+        if length <= 0:
+            return b"", b""
+        chunk, source = self._c.core.config.sync_chunk, self._source(block)
+        return await asyncio.gather(
             self._hash(target, block, offset, length, chunk),
             self._of_source(block, source, self._hash(source, block, offset, length, chunk)),
         )
+
+    async def _span(self, target: str, block: int, offset: int, theirs: bytes, ours: bytes) -> None:
+        """Copy the chunks of a span whose hashes differ."""
+        chunk = self._c.core.config.sync_chunk
+        length = min(HASH_SPAN_BYTES, self._c.image.block_bytes(block) - offset)
         copies = []
         for index in range(-(-length // chunk)):
             at = offset + index * chunk
