@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import measure, systems
+from bench import measure
 from bench.results import Results
 from bench.rows import ROWS
 from bench.systems import FILE_BYTES, Binding, GlusterFS, Image, MooseFS, Plain, System, Ukai
@@ -50,6 +50,11 @@ class Contenders:
             ),
             "ukai-1": Contender(lambda: Image("ukai-1", "1 replica", self.ukai, (1,)), every_round=False),
             "ukai-3": Contender(lambda: Image("ukai-3", "3 replicas", self.ukai, (1, 2, 3)), every_round=False),
+            "ukai-via-blockd": Contender(
+                lambda: Image("ukai-via-blockd", "2 replicas, short_circuit = false", self._via_blockd, (1, 2)),
+                rows=READS,
+                every_round=False,
+            ),
             "ukai-checksum": Contender(
                 lambda: Image(
                     "ukai-checksum", "2 replicas, one of them local, --checksum", self.ukai, (1, 2), "--checksum"
@@ -57,12 +62,6 @@ class Contenders:
                 every_round=False,
             ),
         }
-        if systems.has_short_circuit():
-            self.table["ukai-via-blockd"] = Contender(
-                lambda: Image("ukai-via-blockd", "2 replicas, short_circuit = false", self._via_blockd, (1, 2)),
-                rows=READS,
-                every_round=False,
-            )
         self._running: dict[str, System] = {}
         self._dropped: set[str] = set()
 

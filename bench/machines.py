@@ -18,6 +18,7 @@ import psutil
 from tests.machine import wait_for
 
 START_S = 10.0
+END_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -54,7 +55,7 @@ class Machine:
     """One machine.  ``address`` is set by ``join``."""
 
     def __init__(self) -> None:
-        self.address = ""
+        self.address, self.pid = "", 0
         self._holder = subprocess.Popen(
             ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "sleep", "infinity"],
             stdin=subprocess.DEVNULL,
@@ -68,7 +69,7 @@ class Machine:
             return next((p for p in psutil.Process(self._holder.pid).children() if p.name() == "sleep"), None)
 
         try:
-            self.pid: int = wait_for(first, "the first process of a machine", START_S).pid
+            self.pid = wait_for(first, "the first process of a machine", START_S).pid
         except (AssertionError, psutil.Error) as e:
             self.close()
             raise PeerError(f"no namespaces: {e}") from None
@@ -102,8 +103,16 @@ class Machine:
         return found
 
     def close(self) -> None:
+        """End all that runs in it, and wait until it is gone: nothing writes to its files any more."""
         self._holder.kill()
         self._holder.wait()
+        try:
+            if self.pid:
+                psutil.Process(self.pid).wait(END_S)
+        except psutil.NoSuchProcess:
+            pass  # as it should be
+        except psutil.TimeoutExpired:
+            print(f"a namespace of the benchmark does not end: process {self.pid}", flush=True)
 
 
 class Network:

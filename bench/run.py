@@ -86,8 +86,7 @@ def about(args: argparse.Namespace) -> dict[str, object]:
         "settings": "all defaults: "
         + ", ".join(
             f"{key}={getattr(settings, key)}"
-            for key in ("fuse_binding", "replica_timeout", "active_limit", "sync_rate", "sync_chunk", "short_circuit")
-            if hasattr(settings, key)
+            for key in ("fuse_binding", "short_circuit", "active_limit", "sync_rate", "sync_chunk", "sync_window")
         ),
         "commands": commands,
         "load": os.getloadavg()[0],

@@ -19,7 +19,7 @@ from bench.machines import Machine, Network, PeerError, run
 from tests.cluster import DEFAULTS, Cluster
 from tests.machine import wait_for
 from ukai import __version__
-from ukai.config import KEYS, Config
+from ukai.config import Config
 from ukai.frontend import binding
 
 FILE_BYTES = 2**30
@@ -328,8 +328,3 @@ def version(package: str) -> str:
     if shutil.which("dpkg-query") is None:
         return ""
     return run(["sh", "-c", 'dpkg-query -f "\\${Version}" -W "$1" 2>/dev/null || true', "sh", package])
-
-
-def has_short_circuit() -> bool:
-    """Whether this release can read past blockd."""
-    return "short_circuit" in KEYS
