@@ -93,6 +93,7 @@ ANSWERS: dict[str, Answer] = {
     "image.create": {"image": SUMMARY, "notes": ["a note"]},
     "image.add": {"image": SUMMARY, "notes": []},
     "image.offline": {"image": SUMMARY | {"online": False}, "notes": []},
+    "image.set": {"image": SUMMARY, "notes": []},
     "image.remove": {"notes": []},
     "image.list": {"images": [SUMMARY]},
     "image.show": {"image": IMAGE},

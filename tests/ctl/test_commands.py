@@ -37,6 +37,7 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
             "checksum": True,
         },
     ),
+    "image set image01 --replication flush": ("image.set", {"name": "image01", "replication": "flush"}),
     "image show image01": ("image.show", {"name": "image01"}),
     "image remove image01": ("image.remove", {"name": "image01", "delete_data": False, "force": False}),
     "image remove image01 --delete-data --force": (

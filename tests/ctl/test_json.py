@@ -59,6 +59,7 @@ SHAPES: dict[str, dict[str, list[str] | None]] = {
     "image create image01 --size 8G --location 127.0.0.1": CHANGED,
     "image list": {"images": SUMMARY_KEYS},
     "image show image01": {"image": IMAGE_KEYS},
+    "image set image01 --replication flush": CHANGED,
     "image remove image01": {"name": None, "data_deleted": None, "notes": None},
     "location add image01 127.0.0.2": CHANGED,
     "location remove image01 127.0.0.2": CHANGED,

@@ -15,6 +15,7 @@ from ukai.errors import (
     LastCopy,
     NotFound,
     Refused,
+    StaleHandle,
     Timeout,
     UkaiError,
     Unreachable,
@@ -467,5 +468,54 @@ def test_checksums_are_asked_of_every_location() -> None:
         await desk.do("location.add", name="disk", node=C)
         asked = {node: fields["checksum"] for node, op, fields in desk.calls if op == "prepare"}
         assert asked == {A: True, B: True, C: True}
+
+    at_desk(scene)
+
+
+def test_back_to_sync_only_with_everything_flushed() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        assert (await desk.do("image.set", name="disk", replication="flush"))["image"]["replication"] == "flush"
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[3, 4]])
+        desk.answers[A, "release"] = {"handles": 1, "clean": False}
+        with pytest.raises(Unreachable, match="could not flush"):
+            await desk.do("image.set", name="disk", replication="sync")
+        assert desk.core.image(image.uuid).replication == "flush"
+        desk.answers[A, "release"] = {"handles": 1, "clean": True}
+        await desk.do("image.set", name="disk", replication="sync")
+        image = desk.core.image(image.uuid)
+        assert (image.replication, image.writer, image.former, list(image.active)) == ("sync", "", A, [])
+        await desk.own(A, image, opened_epoch=1)
+        with pytest.raises(UsageError, match="choose sync or flush"):
+            await desk.do("image.set", name="disk", replication="never")
+
+    at_desk(scene)
+
+
+def test_not_back_to_sync_while_blocks_wait_for_their_comparison() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.do("image.set", name="disk", replication="flush")
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[3, 4]])
+        await desk.register(A, "A-2")
+        with pytest.raises(Busy, match="when it is opened"):
+            await desk.do("image.set", name="disk", replication="sync")
+
+    at_desk(scene)
+
+
+def test_a_writer_that_was_taken_offline_by_force_does_not_write_after_another() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        desk.answers[A, "close"] = Unreachable("cut")
+        desk.answers[A, "release"] = Unreachable("cut")
+        await desk.do("image.offline", name="disk", force=True)
+        await desk.do("image.add", name="disk")
+        await desk.own(B, image, fenced=[B])
+        with pytest.raises(StaleHandle):
+            await desk.grant(A, image, opened_epoch=1)
 
     at_desk(scene)

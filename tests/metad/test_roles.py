@@ -483,3 +483,68 @@ def test_a_verify_that_waits_can_be_stopped_and_metad_s_order_goes_on() -> None:
         assert (await desk.do("sync.start", name="disk"))["job"]["number"] == job_number, "it is widened"
 
     at_desk(scene)
+
+
+def test_a_node_that_takes_its_own_role_anew_is_not_forgotten() -> None:
+    """It dies between the two phases; another one writes; its machine must not go on after that (R2)."""
+
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[0, 0]])
+        await desk.grant(A, image)
+        desk.skew += 100.0  # A is silent from here on
+        await desk.register(B, "B-2")
+        await desk.own(B, image, fenced=[B])
+        with pytest.raises(StaleHandle):
+            await desk.grant(A, image, opened_epoch=1)
+
+    at_desk(scene)
+
+
+@pytest.mark.parametrize("replication", ["sync", "flush"])
+@pytest.mark.parametrize("fenced", [[A, B], [B]])
+def test_the_last_writer_of_a_flush_image_keeps_its_copy_or_its_handles_are_stale(
+    replication: str, fenced: list[str]
+) -> None:
+    """A's blockd is started anew, and B takes the role to read, with or without A among the fenced (R2, R5)."""
+
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.do("image.set", name="disk", replication=replication)
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[3, 4]])
+        await desk.register(A, "A-2")
+        reply = await desk.grant(B, image, purpose="read")
+        await desk.do(
+            "grant.commit", node=B, inc=desk.core.sessions[B].inc, image=image.uuid, epoch=reply["epoch"], fenced=fenced
+        )  # fmt: skip
+        kept = replication == "flush" and A in fenced
+        assert [desk.statuses(image, n)[3:5] for n in (A, B)] == ([[0, 0], [2, 2]] if kept else [[2, 2], [0, 0]])
+        desk.answers[B, "release"] = {"handles": 0, "clean": True}
+        if replication == "flush" and not kept:
+            assert desk.core.image(image.uuid).lost == {A: 2}
+            with pytest.raises(StaleHandle):
+                await desk.own(A, image, opened_epoch=1)
+        else:
+            await desk.own(A, image, opened_epoch=1)
+
+    at_desk(scene)
+
+
+def test_a_bad_file_at_the_last_writer_of_a_flush_image_makes_its_handles_stale() -> None:
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.do("image.set", name="disk", replication="flush")
+        await desk.own(A, image)
+        await desk.coordinate(A, "activate", image, ranges=[[3, 4]])
+        held = desk.holds(A)
+        held[0]["bad"] = [[4, 4, "block file is missing though it was written"]]
+        await desk.register(A, "A-2", images=held)
+        image = desk.core.image(image.uuid)
+        assert (image.lost, image.epoch) == ({A: 2}, 2)
+        with pytest.raises(StaleHandle):
+            await desk.own(A, image, opened_epoch=1)
+        await desk.own(A, image, opened_epoch=2)
+
+    at_desk(scene)

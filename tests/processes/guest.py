@@ -41,9 +41,10 @@ def create(
     locations: Sequence[int] = (1, 2),
     hypervisors: Sequence[int] = (1,),
     checksum: bool = False,
+    options: Sequence[str] = (),
 ) -> Path:
     """Make an image and wait until the first hypervisor shows it; its path there."""
-    args = ["image", "create", name, "--size", size, "--block-size", block_size]
+    args = ["image", "create", name, "--size", size, "--block-size", block_size, *options]
     if checksum:
         args.append("--checksum")
     for option, nodes in (("--location", locations), ("--hypervisor", hypervisors)):

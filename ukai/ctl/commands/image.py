@@ -24,10 +24,12 @@ from ukai.ctl.params import (
 from ukai.ctl.schema import Map
 from ukai.ranges import show
 
+REPLICATIONS = ("sync", "flush")
+
 
 @click.group(name="image", cls=Group)
 def group() -> None:
-    """Create, list, show, remove, import and export images."""
+    """Create, list, show, alter, remove, import and export images."""
 
 
 def creation_request(
@@ -75,10 +77,11 @@ def creation_options(function: Any) -> Any:
         ),
         click.option(
             "--replication",
-            type=click.Choice(["sync", "flush"]),
+            type=click.Choice(REPLICATIONS),
             default="sync",
             show_default=True,
-            help="sync: a write is done when every copy has it.  flush is not possible yet.",
+            help="sync: a write is done when every copy has it.  flush: when the local copy has it; an fsync waits for "
+            "all.",
         ),
         click.option(
             "--checksum", is_flag=True, help="Checksums beside the blocks: what a disk alters silently is not read."
@@ -139,6 +142,25 @@ def show_image(session: Session, name: str) -> None:
         session.out.json({"image": image})
         return
     picture(session, image)
+
+
+@group.command(name="set", example="ukai-ctl image set image01 --replication flush")
+@click.argument("name", type=IMAGE)
+@click.option(
+    "--replication",
+    type=click.Choice(REPLICATIONS),
+    required=True,
+    help="When a write is done; see: ukai-ctl image create --help",
+)
+@pass_session
+def alter(session: Session, name: str, replication: str) -> None:
+    """Change how an image is replicated, also while a machine uses it.
+
+    Back to sync its writer first flushes what it has written.
+    """
+    reply = session.ask("image.set", {"name": name, "replication": replication})
+    image = schema.summary(reply.get("image"))
+    show_changed(session, image, schema.texts(reply.get("notes")), f"replication {image['replication']}")
 
 
 @group.command(example="ukai-ctl image remove image01 --delete-data")
