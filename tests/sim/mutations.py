@@ -14,6 +14,7 @@ from typing import Any
 from tests.sim.world import World
 from ukai.blockd import files, flush, image_store, marks, replica, resync, sums, verify, writes
 from ukai.blockd.activity import Activity
+from ukai.blockd.behind import Behind
 from ukai.blockd.coordinator import Coordinator
 from ukai.blockd.image_store import ImageStore
 from ukai.blockd.readable import Readable
@@ -77,6 +78,10 @@ async def _nothing_later(*_args: Any, **_keywords: Any) -> None:
 
 def _world(*faults: str, **others: Any) -> dict[str, Any]:
     return {**DEFAULT, "faults": list(faults), **others}
+
+
+def _flush(*faults: str, **others: Any) -> dict[str, Any]:
+    return _world(*faults, replication="flush", **others)
 
 
 # --- R1
@@ -217,6 +222,24 @@ def _sums_not_looked_at() -> list[Patch]:
 
 def _difference_not_marked() -> list[Patch]:
     return [(verify.Verify, "_decide", _nothing_later)]
+
+
+# --- flush images: acknowledged early is no worse than a volatile cache (R2, R4, R7)
+
+
+def _failures_behind_forgotten() -> list[Patch]:
+    async def settle(self: Behind, op: writes.Op) -> None:
+        self._settled(op)
+
+    return [(Behind, "_settle", settle)]
+
+
+def _flush_leaves_behind() -> list[Patch]:
+    return [(Behind, "settled", _nothing_later)]
+
+
+def _handles_outlive_their_writes() -> list[Patch]:
+    return [(roles, "lose_former", _nothing), (roles, "lost_with", lambda image, node, gone: [])]
 
 
 # --- R5
@@ -474,6 +497,8 @@ def _older_metadata_believed() -> list[Patch]:
 DIFFERS, LACKS, STORED, READS = "is not active and differs", "does not have it", "has not stored it", "possible were"
 SPOILT = (READS, "is torn", "in-sync and verified")
 
+GONE = ("whose writes may be lost", "was replaced wrote", READS)
+
 MUTATIONS = (
     Mutation("R1", "a replica takes any epoch", _any_epoch, _world("takeover", locations=3), ("took",)),
     Mutation("R1", "an epoch is only remembered", _epoch_in_memory, _world("kill blockd"), ("forgotten", "fenced")),
@@ -497,6 +522,23 @@ MUTATIONS = (
     ),
     Mutation("R4", "checksums are not looked at", _sums_not_looked_at, _world("rot", "migrate", checksum=True), SPOILT),
     Mutation("R4", "a difference is not marked", _difference_not_marked, _world("rot"), SPOILT),
+    Mutation(
+        "R2", "handles outlive their writes", _handles_outlive_their_writes, _flush("kill blockd", "split", "cut"), GONE
+    ),
+    Mutation(
+        "R4",
+        "failures behind are forgotten",
+        _failures_behind_forgotten,
+        _flush("disk", slow_ms=5.0, fault_every_s=0.1),
+        (DIFFERS, STORED),
+    ),
+    Mutation(
+        "R7",
+        "a flush leaves some behind",
+        _flush_leaves_behind,
+        _flush("disk", slow_ms=5.0, fault_every_s=0.1),
+        (STORED, DIFFERS),
+    ),
     Mutation("R5", "writes are not announced", _unannounced, _world("kill blockd", "freeze"), (DIFFERS, LACKS, READS)),
     Mutation(
         "R5", "nothing is reconciled", _nothing_reconciled, _world("takeover", "kill blockd"), ("fenced", DIFFERS)

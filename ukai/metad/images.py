@@ -69,10 +69,7 @@ async def alter(core: Core, fields: Header) -> Header:
         changes = [change]
         if replication == "sync":  # what was acknowledged early must be everywhere when no rule looks after it any more
             if image.writer:
-                change |= {"writer": "", "former": image.former or image.writer}
-                await _drained(core, image, patience(fields) * 0.8)
-                image = core.image(uuid)
-                changes.append({"t": "active", "uuid": uuid, "del": [list(r) for r in image.active]})
+                changes += await roles.drained(core, image, patience(fields) * 0.8)
             elif len(image.active):
                 raise Busy(
                     f"blocks of image {image.name} were being written when its last writer stopped; they are compared "
@@ -80,14 +77,6 @@ async def alter(core: Core, fields: Header) -> Header:
                 )
         core.commit(changes, f"image set replication {replication}")
     return {"image": reports.summary(core, core.image(uuid)), "notes": []}
-
-
-async def _drained(core: Core, image: Image, timeout_s: float) -> None:
-    """The writer gives the role up with everything flushed; it may take it again at once.  Raises Unreachable."""
-    reply = await core.call(image.writer, "release", {"image": image.uuid, "epoch": image.epoch}, timeout_s)
-    now = core.image(image.uuid)
-    if reply.get("clean") is not True or (now.writer, now.epoch) != (image.writer, image.epoch):
-        raise Unreachable(f"the writer {image.writer} of image {image.name} could not flush what it has written")
 
 
 def _check_free(core: Core, name: str) -> None:

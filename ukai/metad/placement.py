@@ -50,6 +50,12 @@ async def location_remove(core: Core, fields: Header) -> Header:
     """
     image = core.named(fields)
     node = messages.text(fields, "node", 64)
+    if image.replication == "flush" and image.writer == node and core.up(node):
+        async with core.lock(image.uuid):  # what it has acknowledged early must be elsewhere too
+            image = core.named(fields)
+            if image.writer == node:
+                core.commit(await roles.drained(core, image, patience(fields) * 0.5), f"role drained for {node}")
+    image = core.named(fields)
     where = image.locations.get(node)
     wanted = wanted_blocks(image, fields)
     held = [(a, b) for first, last in wanted for a, b, _ in where.within(first, last)] if where is not None else []
@@ -64,7 +70,8 @@ async def location_remove(core: Core, fields: Header) -> Header:
         )
     uuid, name = image.uuid, image.name
     rows = [[a, b, REMOVED, 0, ""] for a, b in held]
-    core.commit([{"t": "replicas", "uuid": uuid, "node": node, "ranges": rows}], f"location remove {node}")
+    changes = roles.lost_with(image, node, held)
+    core.commit([*changes, {"t": "replicas", "uuid": uuid, "node": node, "ranges": rows}], f"location remove {node}")
     notes: list[str] = []
     if messages.flag(fields, "keep_data"):
         notes.append(f"the block files on {node} were kept")

@@ -12,7 +12,7 @@ from typing import Any
 from ukai import faults, messages
 from ukai.errors import Behind, NotReady, Refused, RemoteProtocolError, UkaiError
 from ukai.messages import Header
-from ukai.metad import replicas
+from ukai.metad import replicas, roles
 from ukai.metad.core import Core, Session
 from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, Change, Cluster, Image, Node, Replica
 from ukai.ranges import RangeMap, RangeSet, show
@@ -263,8 +263,8 @@ def register(core: Core, fields: Header) -> Header:
         changes += put_right
         if image.writer == node and not same:
             changes.append({"t": "image", "uuid": image.uuid, "writer": "", "former": image.former or node})
-        if not same and put_right:
-            changes += _lost(image, node, put_right)
+        if not same:
+            changes += roles.lost_with(image, node, [(r[0], r[1]) for c in put_right for r in c["ranges"]])
     core.commit(changes, f"register {node}")
     core.sessions[node] = Session(
         node=node,
@@ -277,20 +277,6 @@ def register(core: Core, fields: Header) -> Header:
         number=former.number if former is not None and former.inc == report.inc else 0,
     )
     return {"serial": serial + 1, "cluster_id": cluster.cluster_id}
-
-
-def _lost(image: Image, node: str, put_right: list[Change]) -> list[Change]:
-    """Handles of a flush image's last writer are stale when its own copy of an active block is none any more (R2).
-
-    What it had acknowledged and not flushed may have been only there.
-    """
-    if image.replication != "flush" or node not in (image.writer, image.former):
-        return []
-    if not any(image.active.within(row[0], row[1]) for change in put_right for row in change["ranges"]):
-        return []
-    # those opened in the present epoch too, unless it is another node's by now
-    epoch = image.epoch + (image.writer in ("", node))
-    return [{"t": "image", "uuid": image.uuid, "epoch": epoch, "lost": {**image.lost, node: epoch}, "former": ""}]
 
 
 def beat(core: Core, fields: Header) -> Header:

@@ -7,7 +7,7 @@ has the replicas persist it; phase two (``grant_commit``) makes it the writer.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from ukai import faults, messages
@@ -121,6 +121,35 @@ def lose_former(core: Core, image: Image, node: str, epoch: int) -> None:
         lost[image.former] = epoch
     change: Change = {"t": "image", "uuid": image.uuid, "lost": lost, "former": ""}
     core.commit([change], f"{node} follows {image.former}")
+
+
+def lost_with(image: Image, node: str, gone: Iterable[tuple[int, int]]) -> list[Change]:
+    """A flush image's last writer loses its copy of some blocks: handles there are stale if one was active (R2).
+
+    What it had acknowledged and not flushed may have been only there.
+    """
+    if image.replication != "flush" or node not in (image.writer, image.former):
+        return []
+    if not any(image.active.within(first, last) for first, last in gone):
+        return []
+    # those opened in the present epoch too, unless it is another node's by now
+    epoch = image.epoch + (image.writer in ("", node))
+    return [{"t": "image", "uuid": image.uuid, "epoch": epoch, "lost": {**image.lost, node: epoch}, "former": ""}]
+
+
+async def drained(core: Core, image: Image, timeout_s: float) -> list[Change]:
+    """Have the writer flush everything and give the role up, which it may take again at once.  Raises Unreachable.
+
+    The changes are to be committed without another wait.
+    """
+    uuid, writer, epoch = image.uuid, image.writer, image.epoch
+    reply = await core.call(writer, "release", {"image": uuid, "epoch": epoch}, timeout_s)
+    image = core.image(uuid)
+    if reply.get("clean") is not True or (image.writer, image.epoch) != (writer, epoch):
+        raise Unreachable(f"the writer {writer} of image {image.name} could not flush what it has written")
+    changes: list[Change] = [{"t": "image", "uuid": uuid, "writer": "", "former": image.former or writer}]
+    changes += released(image, reply)
+    return changes + replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
 
 
 async def displace(core: Core, uuid: str, node: str, *, io: bool) -> None:
