@@ -14,6 +14,7 @@ from tests.sim.loop import VirtualLoop
 from tests.sim.scenario import BLOCK_BYTES, BLOCKS, bury
 from tests.sim.world import CONFIG, NODES, Frontend, World
 from ukai.blockd.coordinator import Coordinator
+from ukai.errors import UkaiError, Unreachable
 from ukai.messages import Header
 from ukai.model import IN_SYNC, Image
 
@@ -137,3 +138,32 @@ def test_a_full_disk_that_could_not_store_what_was_seen_is_not_taken_for_an_olde
         await frontend.close()
 
     play(restart)
+
+
+def test_a_block_whose_announcement_was_not_answered_stays_active_when_the_role_is_released(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """metad has it as active in a new generation, and no replica has that."""
+    real = Coordinator.ask_metad
+
+    async def ask_metad(self: Coordinator, op: str, fields: Header) -> Any:
+        reply = await real(self, op, fields)
+        if op == "activate" and fields["ranges"] == [[1, 1]] and self.own == NODES[0]:
+            raise Unreachable("the answer was lost")
+        return reply
+
+    async def release(world: World) -> None:
+        first, second = Frontend(world, NODES[0]), Frontend(world, NODES[1])
+        await write(first, 1)
+        await write(first, 0)
+        monkeypatch.setattr(Coordinator, "ask_metad", ask_metad)
+        await until(lambda: 1 not in image_of(world).active)
+        unanswered = asyncio.ensure_future(write(first, 1))
+        await until(lambda: 1 in image_of(world).active)
+        await write(second, 1)
+        with pytest.raises(UkaiError):
+            await unanswered
+        await first.close()
+        await second.close()
+
+    play(release)

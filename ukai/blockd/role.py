@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ukai import faults
 from ukai.errors import Damaged, NotCoordinator, StaleEpoch, UkaiError
 from ukai.model import IN_SYNC, written
-from ukai.ranges import join
+from ukai.ranges import RangeSet, join
 
 if TYPE_CHECKING:
     from ukai.blockd.coordinator import Coordinator
@@ -33,7 +33,8 @@ class Role:
         self._released = 0
         """The last epoch that ended here with nothing left unflushed."""
         self.left: list[list[int]] = []
-        """Blocks that stay active after it: their last copy is an older one, so that nothing was written to them."""
+        """Blocks that stay active after it, where they are: their last copy is an older one, or this node was never
+        told that they are active; nothing was written to them."""
 
     async def acquire(self, opened_epoch: int, purpose: str, deadline: float) -> None:
         """Hold the writer role (R1–R3).  Raises StaleHandle, Timeout, or what forbids it."""
@@ -133,8 +134,10 @@ class Role:
                 for block in list(c.marker.pending):
                     await c.marker.settled(block)
                 await faults.pause("release.flushed")
+                # what metad made active and could not answer was never stamped: it must stay active
+                known = RangeSet(join(b for b in c.activity.active if b not in left))
+                self.left = [list(r) for r in known.gaps(0, c.image.block_count - 1)]
                 clean = c.holds(epoch)
-                self.left = [list(r) for r in join(left)]
         except (UkaiError, TimeoutError) as e:
             log.info("image %s: released without a flush: %s", c.name(), e)
         finally:
