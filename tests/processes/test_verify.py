@@ -23,6 +23,7 @@ from tests.processes.guest import (
     read_at,
     replicas,
     sync,
+    wait_shown,
     wait_unavailable,
     write_at,
 )
@@ -199,7 +200,7 @@ def test_checksums_keep_a_guest_from_what_a_disk_altered(make_cluster: MakeClust
 
 def test_the_last_copy_with_damage_says_so_and_a_whole_chunk_heals_it(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(nodes=1, settings=SETTINGS)
-    cluster.expect_log("checksum of chunk 3 of block 1 does not match")
+    cluster.expect_log("checksum of chunk [23] of block [12] does not match")
     disk = create(cluster, size="4M", locations=(1,), checksum=True)
     content = bytearray(os.urandom(4 * MIB))
     write_at(disk, 0, bytes(content))
@@ -214,4 +215,14 @@ def test_the_last_copy_with_damage_says_so_and_a_whole_chunk_heals_it(make_clust
     write_at(disk, MIB + 3 * 4096, bytes(4096))
     content[MIB + 3 * 4096 : MIB + 4 * 4096] = bytes(4096)
     assert read_all(disk) == content
+    verify(cluster)
+    garbage(cluster, 1, 2, 8192, 16)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_at(disk, 2 * MIB + 8192, 16)
+    accepted = cluster.ctl("image", "accept", "disk", cluster.node(1), "--yes")["accepted"]
+    assert accepted == [[2, 2]], "an administrator's word takes it as it is"
+    wait_shown(cluster, "disk")
+    found = read_all(disk)
+    assert found[: 2 * MIB + 8192] == content[: 2 * MIB + 8192]
+    assert found[2 * MIB + 8192 + 16 :] == content[2 * MIB + 8192 + 16 :]
     verify(cluster)

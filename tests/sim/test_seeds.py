@@ -37,7 +37,7 @@ def test_no_seed_fails(first: int) -> None:
 @pytest.mark.slow
 def test_seeds_that_failed_once() -> None:
     for seed in FAILED_ONCE:
-        process = worker(seed, 1, 1, 12.0, force='{"rare": [], "replication": "sync"}')
+        process = worker(seed, 1, 1, 12.0, force='{"rare": [], "replication": "sync", "checksum": false}')
         out, _ = process.communicate()
         assert process.returncode == 0
         assert json.loads(out)["violations"] == []

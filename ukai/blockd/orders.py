@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from ukai.errors import Busy, Refused, RemoteProtocolError
+from ukai.errors import Busy, DiskError, Refused, RemoteProtocolError
 from ukai.messages import Header, flag, integer, ranges, show, text
+from ukai.ranges import RangeSet
 
 if TYPE_CHECKING:
     from ukai.blockd.core import Core
@@ -26,6 +27,7 @@ class Orders:
             "close": self._close,
             "inventory": self._inventory,
             "disown": self._disown,
+            "sums": self._sums,
         }
 
     async def answer(self, header: Header) -> Header:
@@ -85,6 +87,19 @@ class Orders:
     async def _disown(self, header: Header) -> Header:
         image = self._core.store.image(text(header, "uuid", 36))
         await self._core.run_disk(image.disowned, ranges(header, "ranges", image.block_count - 1))
+        return {}
+
+    async def _sums(self, header: Header) -> Header:
+        image = self._core.store.image(text(header, "uuid", 36))
+        blocks = [
+            b for b in RangeSet(ranges(header, "ranges", image.block_count - 1)).indexes() if image.generations[b]
+        ]
+        if image.sums is not None:
+            for block in blocks:
+                await self._core.replica.renew_sums(image, block)
+            failed = await self._core.replica.flush(image, blocks)
+            if failed:
+                raise DiskError(next(iter(failed.values())))
         return {}
 
     async def _drop(self, header: Header) -> Header:

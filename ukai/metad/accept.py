@@ -158,6 +158,9 @@ async def image_accept(core: Core, fields: Header) -> Header:
             await core.call(node, "disown", {"uuid": uuid, "ranges": [list(r) for r in blank]}, timeout_s * 0.2)
             image = core.image(uuid)
         settled = [[r[0], r[1]] for r in rows[node]]
+        if image.checksum:
+            await core.call(node, "sums", {"uuid": uuid, "ranges": settled}, timeout_s * 0.2)
+            image = core.image(uuid)
         changes = [
             {"t": "active", "uuid": uuid, "del": [list(r) for a, b in settled for r in image.active.within(a, b)]},
             *replicas.changes(image, rows),

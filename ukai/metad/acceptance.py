@@ -184,9 +184,10 @@ def taken(
 
 
 def _served(image: Image, block: int, state: dict[str, Replica], holdings: Holdings) -> bool:
-    """Whether an in-sync copy of a block is what it should be."""
+    """Whether an in-sync copy of a block is what it should be; with checksums, also that no read has failed."""
     return any(
         replica.status == IN_SYNC
+        and not (image.checksum and replica.reason)
         and (holding := holdings.get(node)) is not None
         and not flaws(image, node, block, block, replica, holding)
         for node, replica in state.items()

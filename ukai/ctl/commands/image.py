@@ -195,7 +195,8 @@ def accept(
 ) -> None:
     """Take what a node holds for the truth, of blocks that have no usable in-sync copy any more.
 
-    For a last copy that is refused: an older file came back, or it is missing or cut.  Blocks with a good in-sync
+    For a last copy that is refused: an older file came back, it is missing or cut, or does not match its checksums,
+    which are then made anew.  Blocks with a good in-sync
     copy stay as they are.  The image must not be open.
     """
     if not yes:
