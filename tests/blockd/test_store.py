@@ -824,3 +824,50 @@ def test_a_new_store_is_there_after_a_power_cut(tmp_path: Path) -> None:
         os.close(disk._log)
         power_cut(journal, random.Random(seed))
         assert (root / ".ukai" / "store.json").exists()
+
+
+class OneBadSync(Disk):
+    """The next fdatasync fails; then the pages count as clean, as with Linux."""
+
+    fail = True
+
+    def fdatasync(self, fd: int) -> None:
+        if self.fail and os.readlink(f"/proc/self/fd/{fd}").endswith("1"):
+            self.fail = False
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().fdatasync(fd)
+
+
+@pytest.mark.expect_log("an fdatasync of .* had failed before blockd was started")
+def test_a_failed_fdatasync_is_not_forgotten_by_a_restart(reopen: OpenStore) -> None:
+    """What is read is made durable before an fsync succeeds, and metad hears of it once: others may have more (R7)."""
+    image = new_image(reopen(OneBadSync()))
+    for block in (0, 1):
+        image.ready(block, 7, 0)
+        image.write(block, 100, pattern(500, block), 7)
+    assert list(flush(image, [0, 1])) == [1]
+    inode = block_path(image.store, 1).stat().st_ino
+    image = reopen().image(UUID)
+    assert [bad[:2] for bad in image.inventory()["bad"]] == [[1, 1]]
+    assert list(image.generations[:2]) == [7, 7]
+    assert image.read(1, 100, 500) == pattern(500, 1)
+    assert block_path(image.store, 1).stat().st_ino != inode, "the file is to be another one"
+    assert flush(image, [0, 1]) == {}
+    image = reopen().image(UUID)
+    assert image.inventory()["bad"] == []
+    assert image.read(1, 100, 500) == pattern(500, 1)
+
+
+@pytest.mark.expect_log("an fdatasync of .* had failed before blockd was started")
+def test_a_block_that_can_not_be_made_anew_keeps_failing(reopen: OpenStore) -> None:
+    image = new_image(reopen(OneBadSync()))
+    image.ready(1, 7, 0)
+    image.write(1, 100, pattern(500, 1), 7)
+    assert list(flush(image, [1])) == [1]
+    block_path(image.store, 1).unlink()
+    for _ in range(2):
+        image = reopen().image(UUID)
+        assert list(flush(image, [1])) == [1]
+    image.renew(1)
+    image = reopen().image(UUID)
+    assert (image.poisoned, image.generations[1]) == ({}, 0)

@@ -60,7 +60,7 @@ class Campaign:
     def _run(self, node: int, mode: str) -> None:
         disk = self.cluster.path("disk", node)
         wait_for(disk.exists, f"the disk on node {node}", 20, self.cluster.tails)
-        with Guest(self.kernel, self.initrd, disk, self.work / "console", mode) as guest:
+        with Guest(self.kernel, self.initrd, disk, self.work / "console", mode, self.filed) as guest:
             guest.wait_told("ACK", 1)
             sync(self.cluster, "disk")
             guest.wait_told(self.chance.choice(("ACK", "FILE")), self.chance.randint(1, 30))

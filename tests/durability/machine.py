@@ -38,12 +38,11 @@ echo "GUEST up"
 echo 5 >/proc/sys/vm/dirty_expire_centisecs
 echo 3 >/proc/sys/vm/dirty_writeback_centisecs
 mode=$(sed 's/.*mode=//; s/ .*//' /proc/cmdline)
-( n=$(cat /mnt/count 2>/dev/null || echo 0)
+( n=$(sed 's/.*files=//; s/ .*//' /proc/cmdline)
   while :; do
       n=$((n + 1)); name=/mnt/f$((n % FILES))
       seq $n $((n + 800)) | dd of=$name.new conv=fsync 2>/dev/null && mv $name.new $name && sync \
           && echo "FILE $n" || echo "GUEST failed at file $n"
-      echo $n >/mnt/count
   done ) &
 ( n=0
   while :; do n=$((n + 1)); seq $n $((n + 9000)) >/mnt/unsynced$((n % 7)); done ) &
@@ -111,9 +110,9 @@ def _cpio(files: dict[str, tuple[int, bytes]]) -> bytes:
 
 
 class Guest:
-    """A machine that runs.  A context manager: the process is gone afterwards."""
+    """A machine that runs; it has made ``files`` files before.  A context manager: the process is gone afterwards."""
 
-    def __init__(self, kernel: Path, initrd: Path, disk: Path, console: Path, mode: str) -> None:
+    def __init__(self, kernel: Path, initrd: Path, disk: Path, console: Path, mode: str, files: int) -> None:
         self.console = console
         console.unlink(missing_ok=True)
         self.popen = subprocess.Popen(
@@ -121,7 +120,7 @@ class Guest:
                 tool("qemu-system-x86_64"), "-accel", "tcg", "-cpu", "max", "-m", "192",
                 "-nodefaults", "-no-user-config", "-display", "none",
                 "-serial", f"file:{console}", "-kernel", kernel, "-initrd", initrd,
-                "-append", f"console=ttyS0 loglevel=4 mitigations=off panic=-1 mode={mode} ",
+                "-append", f"console=ttyS0 loglevel=4 mitigations=off panic=-1 mode={mode} files={files} ",
                 "-drive", f"file={disk},format=raw,if=virtio,cache=none,aio=native,discard=unmap",
             ],
             stdin=subprocess.DEVNULL, start_new_session=True,

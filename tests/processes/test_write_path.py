@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.machine import tool, unmount, wait_for
+from tests.machine import wait_for
 from tests.processes.guest import (
     MARKED,
     QUICK,
@@ -112,72 +109,3 @@ def test_remote_only_hypervisor(make_cluster: MakeCluster, tmp_path: Path) -> No
     cluster.start(2, "blockd")
     sync(cluster, "disk")
     assert cluster.compare_replicas("disk") == 32
-
-
-SMALL_BYTES = 48 << 20
-
-
-@pytest.fixture
-def small_filesystem(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 48 MiB on a loop device."""
-    image, where = tmp_path / "small.img", tmp_path / "small"
-    with image.open("wb") as file:
-        file.truncate(SMALL_BYTES)
-    subprocess.run([tool("mkfs.ext4"), "-q", "-m", "0", "-O", "^has_journal", image], check=True)
-    where.mkdir()
-    subprocess.run(["mount", "-o", "loop", image, where], check=True)
-    try:
-        yield where
-    finally:
-        unmount(where)
-
-
-def fill(where: Path) -> Path:
-    """A file that takes all the space but 8 MiB."""
-    filler = where / "filler"
-    stats = os.statvfs(where)
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, stats.f_bavail * stats.f_frsize - (8 << 20))
-    return filler
-
-
-@pytest.mark.expect_log(MARKED)
-@pytest.mark.expect_log(r"last copy|(write|fsync) of solo failed")
-@pytest.mark.parametrize("node", [1, 2], ids=["local", "remote"])
-def test_full_disk(small_filesystem: Path, make_cluster: MakeCluster, tmp_path: Path, node: int) -> None:
-    """One replica without space is degraded; the last one is ENOSPC, still readable, and goes on later (R10)."""
-    own = tmp_path / "cluster0" / f"127.0.0.{node}"
-    own.mkdir(parents=True)
-    (small_filesystem / "data").mkdir()
-    (own / "data").symlink_to(small_filesystem / "data")
-    cluster = make_cluster(nodes=2, settings=QUICK)
-    pair, solo = create(cluster, "pair"), create(cluster, "solo", locations=(node,))
-    kept = os.urandom(2 * BLOCK)
-    write_at(solo, 0, kept)
-    filler = fill(small_filesystem)
-
-    content = os.urandom(16 * BLOCK)
-    for at in range(0, len(content), BLOCK):
-        write_at(pair, at, content[at : at + BLOCK])
-    lost = out_of_sync(cluster, "pair", node)
-    assert lost, "the small disk was to be full"
-    assert out_of_sync(cluster, "pair", 3 - node) == set()
-    shown = replicas(cluster, "pair", node)
-    assert all("No space left" in shown[block]["reason"] for block in lost), shown
-    assert read_all(pair) == content
-
-    with pytest.raises(OSError, match="No space left") as refused:
-        write_at(solo, 2 * BLOCK, os.urandom(14 * BLOCK))
-    assert refused.value.errno == errno.ENOSPC
-    assert cluster.image("solo")["health"] == "ok", "the last copy stays (R9)"
-    assert read_all(solo)[: len(kept)] == kept
-    write_at(solo, 0, kept[::-1])  # where there is space already
-    assert read_all(solo)[: len(kept)] == kept[::-1]
-
-    filler.unlink()
-    write_at(solo, 2 * BLOCK, content[: 4 * BLOCK])
-    assert read_all(solo)[2 * BLOCK : 6 * BLOCK] == content[: 4 * BLOCK]
-    sync(cluster, "pair")
-    cluster.wait_image("pair", "ok")
-    assert read_all(pair) == content
-    assert cluster.compare_replicas() == 32 + 16

@@ -359,10 +359,12 @@ def _missing_file_is_new() -> list[Patch]:
 
 
 def _name_not_synced() -> list[Patch]:
-    def make(disk: Any, directory: str, name: str, data: Any, size: int) -> None:
+    def make(disk: Any, directory: str, name: str, data: Any, size: int, source: int = -1) -> None:
         fd = disk.open(f"{directory}/{name}", create=True)
         disk.truncate(fd, size)
         files.write_all(disk, fd, data, 0)
+        if source >= 0:
+            files.copy_data(disk, source, fd, size)
         disk.close(fd)
 
     return [(image_store, "make_file", make)]

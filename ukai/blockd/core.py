@@ -252,6 +252,8 @@ class Core:
         if not self._save_store():  # metad takes this registration for stored with the next request
             self.store.serial, self.store.cluster_id = before
             raise NotReady(f"{self.store.root}/.ukai/store.json can't be written")
+        for image in self.store.images.values():
+            image.failed_before.clear()  # metad knows
         await faults.pause("register.stored")
         self.replica.registered_seq = self.mirror.seq
         self.registered = True

@@ -14,6 +14,7 @@ from ukai.errors import DiskError, NoSpace, UsageError
 META, GENERATIONS, SUMS, TEMPORARY = ".ukai.json", ".ukai.gen", ".ukai.sum", ".ukai.tmp"
 RECORD_BYTES = 512
 """Size of our own small files: one sector."""
+COPY_BYTES = 2**20
 HASH_BYTES = 16
 HOLE = bytes(HASH_BYTES)
 _ZEROS = bytes(4 * 2**20)
@@ -33,10 +34,11 @@ def disk_error(e: OSError, what: str, touched: bool = False) -> DiskError | NoSp
     return DiskError(text, touched=touched)
 
 
-def make_file(disk: Disk, directory: str, name: str, data: Bytes, size: int) -> None:
-    """Make or replace a file of ``size`` bytes that begins with ``data`` (R8).  Raises OSError.
+def make_file(disk: Disk, directory: str, name: str, data: Bytes, size: int, source: int = -1) -> None:
+    """Make or replace a file of ``size`` bytes that begins with ``data``, or with what another has (R8).
 
     After a crash it is the old or the new one.  The temporary file is never one whose fsync failed before.
+    ``source`` is an open file.  Raises OSError.
     """
     temporary = f"{directory}/{TEMPORARY}"
     if disk.exists(temporary):
@@ -45,11 +47,24 @@ def make_file(disk: Disk, directory: str, name: str, data: Bytes, size: int) -> 
     try:
         disk.truncate(fd, size)
         write_all(disk, fd, data, 0)
+        if source >= 0:
+            copy_data(disk, source, fd, size)
         disk.fsync(fd)
     finally:
         disk.close(fd)
     disk.rename(temporary, f"{directory}/{name}")
     disk.sync_directory(directory)
+
+
+def copy_data(disk: Disk, source: int, target: int, size: int) -> None:
+    """What is not a hole, from one open file to another.  Raises OSError."""
+    at = disk.data_after(source, 0)
+    while at is not None and at < size:
+        part = disk.pread(source, min(COPY_BYTES, size - at), at)
+        if not part:
+            return
+        write_all(disk, target, part, at)
+        at = disk.data_after(source, at + len(part))
 
 
 def keep_record(disk: Disk, directory: str, name: str, fields: dict[str, Any]) -> None:

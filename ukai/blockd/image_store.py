@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -40,6 +41,12 @@ CHECKS_BESIDE = 4
 """How often a thread looks at a chunk that does not match its checksum before the loop is asked."""
 
 
+log = logging.getLogger(__name__)
+
+FAILED = 1 << 63
+"""Beside a generation: an fdatasync of the block has failed, and the block was not made anew since (R7)."""
+
+
 class ImageStore:
     """The part of one image that is on this node.
 
@@ -61,6 +68,8 @@ class ImageStore:
         self.unflushed: set[int] = set()
         self.poisoned: dict[int, str] = {}
         """Blocks whose fdatasync failed: it never succeeds again as if nothing had happened (R7)."""
+        self.failed_before: dict[int, str] = {}
+        """Those of a former process, until metad has heard of them."""
         self.remade: set[int] = set()
         """Blocks that this process made ready for a resync: they are of no generation until they are whole (R11)."""
         self._gen_fd = -1
@@ -91,6 +100,33 @@ class ImageStore:
             except OSError as e:
                 self.close()
                 raise disk_error(e, self.sums.path) from e
+        for block, generation in enumerate(loaded):
+            if generation >= FAILED:
+                loaded[block] = generation - FAILED
+                self._failed_before(block)
+
+    def _failed_before(self, block: int) -> None:
+        """A block whose fdatasync failed in a former process: what is read of it may not be on the disk.
+
+        It is made anew from what is read, so that this is on the disk from now on.  Where that is not all that was
+        acknowledged, the guest has heard of it; another replica may have more, so metad is told.
+        """
+        reason = f"an fdatasync of {self.path(block)} had failed before blockd was started"
+        self.failed_before[block] = self.poisoned[block] = reason
+        try:
+            fd = self.disk.open(self.path(block))
+            try:
+                name = self.store.blockname_format % block
+                make_file(self.disk, self.directory, name, b"", self.disk.size(fd), fd)
+            finally:
+                self.disk.close(fd)
+            del self.poisoned[block]
+            self.set_generation(block, self.generations[block])
+        except (OSError, UkaiError) as e:
+            self.poisoned[block] = reason
+            log.warning("%s; it could not be made anew: %s", reason, e)
+            return
+        log.warning("%s; it was made anew from what could be read", reason)
 
     def close(self) -> None:
         self.store.forget_files(self.uuid)
@@ -161,16 +197,20 @@ class ImageStore:
 
     def _create(self, block: int) -> None:
         """Make a block file that reads as zeros.  Raises DiskError, NoSpace."""
+        name = self.store.blockname_format % block
         try:
             if self.sums is not None:
                 self.sums.clear(block)
-            make_file(self.disk, self.directory, self.store.blockname_format % block, b"", self.block_bytes(block))
+            make_file(self.disk, self.directory, name, b"", self.block_bytes(block))
         except OSError as e:
+            # one whose name is perhaps not on the disk must not be taken for a good one later
+            with contextlib.suppress(OSError):
+                self.disk.unlink(self.path(block))
             raise disk_error(e, self.path(block)) from e
 
     def set_generation(self, block: int, generation: int) -> None:
         """Raises DiskError, NoSpace."""
-        data = generation.to_bytes(8, "little")
+        data = (generation | FAILED if block in self.poisoned else generation).to_bytes(8, "little")
         try:
             write_all(self.disk, self._gen_fd, data, 8 * block)
             self._gen_writes += 1  # once it is in the page cache: a flush that begins after this has it
@@ -447,14 +487,22 @@ class ImageStore:
         One that failed for its generation alone does not: generations are made anew before the next flush.  Where
         checksums were lost, none can tell those of which blocks.
         """
+        new = {b: reason for b, reason in failed.items() if reason != self._gen_lost}
         if self._sums_lost:
-            self.poisoned.update(dict.fromkeys(self.unflushed, self._sums_lost))
+            new |= dict.fromkeys(self.unflushed, self._sums_lost)
             self._sums_lost = ""
-        self.poisoned.update({b: reason for b, reason in failed.items() if reason != self._gen_lost})
+        for block in new.keys() - self.poisoned.keys():
+            self.poisoned[block] = new[block]
+            try:
+                self.set_generation(block, self.generations[block])
+            except UkaiError as e:
+                log.warning("%s; a blockd that is started anew will not know: %s", new[block], e)
 
     def _renew_generations(self) -> None:
         """Write all generations to a new file.  Raises OSError."""
         data = array.array("Q", self.generations)
+        for block in self.poisoned:
+            data[block] |= FAILED
         if sys.byteorder == "big":
             data.byteswap()
         make_file(self.disk, self.directory, GENERATIONS, data.tobytes(), 8 * self.block_count)
@@ -477,6 +525,7 @@ class ImageStore:
         """
         path = self.path(block)
         self.store.forget_files(self.uuid, block)
+        self.failed_before.pop(block, None)
         try:
             found = self.disk.stat(path)
             self.disown(block)
@@ -488,7 +537,8 @@ class ImageStore:
             self._create(block)
         except OSError as e:
             raise disk_error(e, path) from e
-        self.poisoned.pop(block, None)
+        if self.poisoned.pop(block, None) is not None:
+            self.set_generation(block, self.generations[block])
 
     def _resize(self, block: int) -> None:
         """Raises OSError."""
@@ -571,7 +621,7 @@ class ImageStore:
             size = sizes if isinstance(sizes, str) else sizes.get(self.store.blockname_format % block)
             if size is None:
                 bad.set(block, block, "block file is missing though it was written")
-            elif fault := self._wrong(block, size):
+            elif fault := self._wrong(block, size) or self.failed_before.get(block, ""):
                 bad.set(block, block, fault)
         return {"uuid": self.uuid, "name": self.name, "epoch": self.epoch, "gens": gens, "bad": [list(b) for b in bad]}
 
