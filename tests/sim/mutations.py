@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.sim.world import World
+from ukai.blockd import core as block_core
 from ukai.blockd import files, flush, image_store, marks, replica, resync, sums, verify, writes
 from ukai.blockd.activity import Activity
 from ukai.blockd.behind import Behind
@@ -218,6 +219,10 @@ def _loans_outlive_their_lender() -> list[Patch]:
 
 def _sums_not_looked_at() -> list[Patch]:
     return [(sums.Sums, "check", _nothing), (sums.Sums, "check_hole", _nothing)]
+
+
+def _sums_of_another_boot() -> list[Patch]:
+    return [(block_core.Core, "_renew_sums", _nothing_later)]
 
 
 def _difference_not_marked() -> list[Patch]:
@@ -523,6 +528,13 @@ MUTATIONS = (
         (READS,),
     ),
     Mutation("R4", "checksums are not looked at", _sums_not_looked_at, _world("rot", "migrate", checksum=True), SPOILT),
+    Mutation(
+        "R4",
+        "checksums of another boot are believed",
+        _sums_of_another_boot,
+        _world("power", checksum=True, locations=1, power_s=0.1),
+        ("can't be read", "not within", "writes go on"),
+    ),
     Mutation("R4", "a difference is not marked", _difference_not_marked, _world("rot"), SPOILT),
     Mutation(
         "R2", "handles outlive their writes", _handles_outlive_their_writes, _flush("kill blockd", "split", "cut"), GONE
