@@ -22,7 +22,8 @@ from ukai import __version__
 from ukai.config import Config
 from ukai.frontend import binding
 
-FILE_BYTES = 2**30
+FILE_BYTES = 2**29
+"""All files of all systems with all their copies together must stay in the page cache of a machine of 24 GB."""
 READY_S = 60.0
 ROOT = Path(__file__).resolve().parent.parent
 
