@@ -36,6 +36,8 @@ def test_two_who_want_it_given_up_and_one_who_waits() -> None:
             flusher=SimpleNamespace(flush=flush),
             marker=SimpleNamespace(pending={}, abandon=nothing),
             core=SimpleNamespace(role_lost=nothing),
+            image=SimpleNamespace(block_count=1),
+            readable=SimpleNamespace(end=nothing),
         )  # fmt: skip
         c.holds = lambda epoch: c.held and c.epoch == epoch
         role = Role(cast(Coordinator, c))
