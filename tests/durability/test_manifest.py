@@ -80,12 +80,14 @@ def save(cluster: Cluster, to: Path) -> Callable[[], None]:
 
 
 @pytest.mark.expect_log(r"")
-@pytest.mark.parametrize("copies", [1, 2, 3])
-def test_each_copy_alone_has_what_was_synced(make_cluster: MakeCluster, tmp_path: Path, copies: int) -> None:
+@pytest.mark.parametrize(("copies", "replication"), [(1, "sync"), (2, "sync"), (3, "sync"), (2, "flush")])
+def test_each_copy_alone_has_what_was_synced(
+    make_cluster: MakeCluster, tmp_path: Path, copies: int, replication: str
+) -> None:
     nodes = range(1, copies + 1)
     settings = {**QUICK, "active_idle": 0.3, "active_age": 2}  # blocks are retired and announced all the time
     cluster = make_cluster(nodes=copies, frontends=nodes, settings=settings, commands=COMMANDS)
-    disk = create(cluster, locations=nodes, hypervisors=nodes)
+    disk = create(cluster, locations=nodes, hypervisors=nodes, options=("--replication", replication))
     manifest, loss = run_until_cut(cluster, disk, tmp_path / "log", copies)
     assert loss.sectors + loss.names, "all was synced: nothing could be lost"
     check_each_copy(cluster, manifest, copies)
