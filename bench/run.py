@@ -237,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             Run(args, results, contenders).all(directory)
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # what cleans up is not interrupted
             contenders.close()
             results.save(args.out)
             shutil.rmtree(directory, ignore_errors=True)
