@@ -126,9 +126,12 @@ class Activity:
         keys = list(by)
         done = await asyncio.gather(*(self._stamp_on(*key, by[key]) for key in keys))
         failed: dict[int, dict[str, UkaiError]] = {}
-        for (node, _, _), errors in zip(keys, done, strict=True):
-            for block, error in errors.items():
-                failed.setdefault(block, {})[node] = error
+        for key, errors in zip(keys, done, strict=True):
+            for block in by[key]:
+                if block in errors:
+                    failed.setdefault(block, {})[key[0]] = errors[block]
+                else:  # before it is retired: a power cut may take the generation also where nothing is written
+                    c.flusher.dirty(block, (key[0],))
         marks = []
         nowhere: dict[int, UkaiError] = {}
         for block, errors_of in failed.items():
