@@ -238,8 +238,8 @@ class ImageStore:
         self.set_generation(block, generation)
         return fd
 
-    def _there(self, block: int) -> bool:
-        """Raises DiskError."""
+    def there(self, block: int) -> bool:
+        """Whether there is a block file.  Raises DiskError."""
         try:
             return self.disk.exists(self.path(block))
         except OSError as e:
@@ -438,7 +438,7 @@ class ImageStore:
                 out.append((block, -1, self.poisoned[block]))
                 continue
             try:
-                if not self.generations[block] and not self._there(block):
+                if not self.generations[block] and not self.there(block):
                     continue  # announced, but its writer died before it was stamped: nothing was ever written to it
                 out.append((block, self.borrow(block), ""))
             except UkaiError as e:

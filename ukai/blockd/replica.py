@@ -322,7 +322,7 @@ class Replica:
 
     async def hash(self, image: ImageStore, block: int, offset: int, length: int, chunk: int) -> bytes:
         """16 bytes for each chunk of a part of a block.  Raises Damaged, DiskError."""
-        if image.generations[block] == 0 and self.store.disk.stat(image.path(block)) is None:
+        if image.generations[block] == 0 and not image.there(block):
             return HOLE * -(-length // chunk)
         while True:
             try:

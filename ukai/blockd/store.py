@@ -224,11 +224,12 @@ class Store:
         image = self.images.get(uuid)
         if image is None:
             return
-        self.release(uuid)
         try:
-            for mine in (GENERATIONS, SUMS, TEMPORARY, META):
+            # first what names the image: if that fails it is known still, and the order can be given again
+            for mine in (META, GENERATIONS, SUMS, TEMPORARY):
                 with contextlib.suppress(FileNotFoundError):
                     self.disk.unlink(f"{image.directory}/{mine}")
+                self.release(uuid)
             with contextlib.suppress(OSError):  # not empty: something that is not ours
                 self.disk.rmdir(image.directory)
             self.disk.sync_directory(self.root)
