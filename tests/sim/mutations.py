@@ -23,8 +23,8 @@ from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
 from ukai.errors import NoSpace, UkaiError
 from ukai.frontend.shortcut import Loan, Shortcut
+from ukai.metad import acceptance, registration, replicas, roles
 from ukai.metad import core as metad_core
-from ukai.metad import registration, replicas, roles
 from ukai.mirror import Mirror
 from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, written
 
@@ -486,6 +486,23 @@ def _older_metad_accepted() -> list[Patch]:
     return [(metad_core.Core, "check_current", _nothing)]
 
 
+def _accepted_below() -> list[Patch]:
+    return [(metad_core.Core, "begin_above", _nothing)]
+
+
+def _all_trusted() -> list[Patch]:
+    def trusted(image: Any, order: Any, reports: Any) -> Any:
+        rows, notes = real(image, order, reports)
+        for ranges in rows.values():
+            for row in ranges:
+                if row[3]:
+                    row[2:] = [IN_SYNC, row[3], ""]
+        return rows, notes
+
+    real = acceptance.trusted
+    return [(acceptance, "trusted", trusted)]
+
+
 def _older_metadata_believed() -> list[Patch]:
     def check(self: Mirror, reply: Any) -> bool:
         self.floor = 0
@@ -616,6 +633,20 @@ MUTATIONS = (
     Mutation("R11", "nothing is copied", _nothing_copied, _world("freeze", "sync"), (DIFFERS, LACKS, STORED, READS)),
     Mutation("R12", "an older metad goes on", _older_metad_accepted, _world("old metad"), ("older database",)),
     Mutation("R12", "older metadata is believed", _older_metadata_believed, _world("old metad"), ("older database",)),
+    Mutation(
+        "R12",
+        "accepted without a higher sequence",
+        _accepted_below,
+        _world("sync", accept=True),
+        ("older database", "registered after older metadata"),
+    ),
+    Mutation(
+        "R12",
+        "every copy is trusted",
+        _all_trusted,
+        _world("freeze", "kill blockd", accept=True),
+        (DIFFERS, LACKS, READS, STORED),
+    ),
 )
 
 RULES = tuple(f"R{number}" for number in range(1, 13))

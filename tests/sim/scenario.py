@@ -56,6 +56,7 @@ class Scenario:
             "slow_ms": chance.choice((0.2, 1.0, 5.0)),
             "local": chance.random() < 0.8,
             "rare": sorted(apart.sample(RARE, apart.randint(1, 2))) if apart.random() < 0.4 else [],
+            "accept": apart.random() < 0.1,
             "power_s": 2.0,
             "direct": random.Random(f"{seed} direct").random() < 0.7,
             "replication": "flush" if random.Random(f"{seed} replication").random() < 0.4 else "sync",
@@ -107,7 +108,7 @@ class Scenario:
         end = world_time() + p["seconds"]
         while world_time() < end:
             await asyncio.sleep(world.chance.expovariate(1 / p["fault_every_s"]))
-            await self._fault(world.chance.choice([*p["faults"], *p["rare"]]))
+            await self._fault(world.chance.choice([*p["faults"], *p["rare"], *(["accept"] if p["accept"] else [])]))
             await self._replace_stale()
         await self._heal()
         watcher.cancel()
@@ -227,6 +228,8 @@ class Scenario:
             await self._old_metad()
         elif kind == "rot":
             await self._rot(node)
+        elif kind == "accept":
+            await self._accept()
 
     def _fast(self, node: str) -> None:
         self.world.disks[node].slow_s = 0.0
@@ -554,6 +557,56 @@ class Scenario:
         world.violation("a verify does not come to its end")
         return False
 
+    async def _accept(self) -> None:
+        """metad's database is lost but for an older copy, and an administrator says which node to trust (R12)."""
+        world, old = self.world, self.guest
+        if old is None or world.metad is None or not world.metad.alive or world.net.cuts:
+            self.faults["accept"] -= 1
+            return
+        await self._end_guest(flush=True)
+        lengths = [count for at, count in self.lengths if world_time() - at > OLD_DATABASE_S]
+        await asyncio.sleep(SAVED_S)  # by then each node has stored what it saw, and the role is given up
+        node = self._whole()
+        lengths = [count for count in lengths if all(world.saved_seq(n) > count for n in NODES)]
+        quiet = all(world.registered(n) and not world.blockds[n].process.frozen and world.steady(n) for n in NODES)
+        if not node or not lengths or not quiet or not world.metad.alive:
+            self.faults["accept"] -= 1
+            self._boot_guest(old.frontend.node)
+            return
+        count = world.chance.choice(lengths)
+        world.note(f"only the metadata of change {count} of {len(world.database.entries)} is left")
+        world.kill_metad()
+        world.database = world.database.older(count)
+        world.jumps = True
+        world.start_metad()
+        if world.chance.random() < 0.3:
+            restarted = world.chance.choice(NODES)
+            world.kill_blockd(restarted)
+            self._start_blockd(restarted)
+        metad = world.metad
+        reported = await self._until("all nodes have reported", lambda: set(metad.core.reports) == set(NODES), 20)
+        if reported:
+            await self._order("metadata.accept", trust=[node])
+            await self._until(
+                "all nodes are registered after older metadata was accepted",
+                lambda: all(world.registered(n) for n in NODES),
+                20,
+            )
+        world.jumps = False
+        self.lengths.clear()
+        self._boot_guest(world.chance.choice(NODES))
+
+    def _whole(self) -> str:
+        """A node with an in-sync copy of all that was written, while nobody writes; nothing: there is none."""
+        image = next(iter(self.world.database.committed.images.values()))
+        if image.writer or len(image.active):
+            return ""
+        if self.world.rotten:
+            return ""
+        blocks = [b for b in range(image.block_count) if written(image.replicas(b))]
+        good = [n for n in sorted(image.locations) if all(_in_sync(image, n, b) for b in blocks)]
+        return self.world.chance.choice(good) if good else ""
+
     # --- oracles
 
     async def _watch(self) -> None:
@@ -568,6 +621,8 @@ class Scenario:
     def check_replicas(self) -> None:
         """In-sync replicas differ only in active blocks; the last copy is never lost."""
         world = self.world
+        if world.jumps:
+            return  # what the older metadata says of them goes for nothing
         for image in world.database.committed.images.values():
             for block in range(image.block_count):
                 replicas = image.replicas(block)
@@ -655,6 +710,11 @@ OLD_COPY_S = CONFIG.active_age + 1.0
 SAVED_S = 7 * CONFIG.beat_interval
 """A node stores each few beats which change it has seen."""
 OLD_DATABASE_S = 1.0
+
+
+def _in_sync(image: Image, node: str, block: int) -> bool:
+    replica = image.replica(node, block)
+    return replica is not None and replica.status == IN_SYNC
 
 
 def world_time() -> float:

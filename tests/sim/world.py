@@ -27,6 +27,7 @@ from ukai.frontend.shortcut import Loan, Shortcut
 from ukai.loans import NOT_LENT
 from ukai.messages import Header
 from ukai.metad import ops
+from ukai.metad.acceptance import SKIP_CHANGES
 from ukai.metad.core import Core as MetaCore
 from ukai.mirror import Mirror
 from ukai.model import IN_SYNC, Cluster, written
@@ -253,7 +254,8 @@ class Database:
 
     def commit(self, batch: list[tuple[int, float, str, Any]]) -> None:
         self.entries.extend(batch)
-        for _, _, _, change in batch:
+        for seq, _, _, change in batch:
+            self.committed.seq = seq - 1  # a jump, where older metadata was accepted
             self.committed.apply(unpackb(messages.pack(dict(change))))
 
     def older(self, count: int) -> Database:
@@ -463,6 +465,8 @@ class World:
         self.epochs: dict[tuple[str, str], int] = {}
         """node and image → highest epoch in which the node did something for a coordinator."""
         self.counts: dict[str, int] = {}
+        self.jumps = False
+        """Only older metadata is left, until an administrator accepts it: then the sequence leaves numbers out."""
         self.early: Early | None = None
         """For a flush image."""
 
@@ -625,14 +629,18 @@ class World:
     def check_commit(self, database: Database, batch: list[tuple[int, float, str, Any]]) -> None:
         """The sequence never repeats, leaves out or goes back, and no older database gets changes (R12)."""
         entries = database.entries
-        for index, entry in enumerate(entries[len(entries) - len(batch) :], len(entries) - len(batch)):
-            if entry[0] != index + 1:
-                self.violation(f"metadata sequence {entry[0]} at place {index + 1}")
+        last = entries[len(entries) - len(batch) - 1][0] if len(entries) > len(batch) else 0
+        for seq, _, _, _ in batch:
+            if seq != last + 1 and not (self.jumps and seq > last):
+                self.violation(f"metadata sequence {seq} after {last}")
+            last = seq
         if database is not self.database:
             batch = [entry for entry in batch if entry[3]["t"] != "run"]  # it says no more than that it began
             if batch:
                 self.violation(f"a metad with an older database committed change {batch[0][0]}: {batch[0][2]}")
             return
+        if self.jumps and entries[-1][0] < SKIP_CHANGES and any(entry[3]["t"] != "run" for entry in batch):
+            self.violation(f"a metad with an older database committed change {batch[-1][0]}: {batch[-1][2]}")
         if self.early is not None:
             self.early.committed(batch)
         for _, _, _, change in batch:
