@@ -36,7 +36,7 @@ def test_a_stamped_block_is_unflushed_where_it_was_stamped() -> None:
         async def stamp(node: str, _generation: int, _least: int, blocks: list[int]) -> dict[int, UkaiError]:
             return {7: UkaiError("no")} if node == B else {}
 
-        activity._stamp_on = stamp  # type: ignore[method-assign]
+        activity._stamp_on = stamp  # type: ignore[assignment, method-assign]
         assert await activity._stamp([4, 7]) == {}
         assert sorted(dirty) == [(4, (A,)), (4, (B,)), (7, (A,))]
         assert marks == [(7, B, "no")]
