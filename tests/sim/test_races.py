@@ -167,3 +167,31 @@ def test_a_block_whose_announcement_was_not_answered_stays_active_when_the_role_
         await second.close()
 
     play(release)
+
+
+@pytest.mark.expect_log("out-of-sync")
+def test_a_node_that_is_away_costs_no_request_for_blocks_that_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Header] = []
+    real = Coordinator.ask_metad
+
+    async def ask_metad(self: Coordinator, op: str, fields: Header) -> Any:
+        if op == "mark":
+            asked.append(fields)
+        return await real(self, op, fields)
+
+    async def away(world: World) -> None:
+        monkeypatch.setattr(Coordinator, "ask_metad", ask_metad)
+        fields = {"name": "long", "size": 64 * BLOCK_BYTES, "block_size": BLOCK_BYTES, "hypervisors": list(NODES)}
+        await create(world, locations=[NODES[1], NODES[2]], **fields)
+        world.kill_blockd(NODES[2])
+        frontend = Frontend(world, NODES[0], "long")
+        for block in range(64):
+            await write(frontend, block)
+        assert 0 < len(asked) < 32, "those announced together are marked together"
+        asked.clear()
+        for block in range(64):
+            await write(frontend, block)
+        assert asked == []
+        await frontend.close()
+
+    play(away, active_limit=32)

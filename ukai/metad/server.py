@@ -97,6 +97,7 @@ class Server:
         try:
             self.core = Core(cluster, self, self._config, self._node, self.new_uuid())
             self._history = history.History(cluster.seq)
+            self._history.snapshot(cluster, True)  # packed now, so that no subscriber waits for it
             self._publisher = self._context.socket(zmq.PUB)
             self._publisher.linger = 0
             self._publisher.set(zmq.SNDHWM, PUBLISH_QUEUE_MESSAGES)
