@@ -132,5 +132,5 @@ def test_core_is_pure() -> None:
     imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     assert imported <= {
         *("__future__", "collections.abc", "dataclasses", "enum", "errno", "typing"),
-        *("ukai.errors", "ukai.model"),
+        *("ukai.errors", "ukai.frontend.shortcut", "ukai.model"),
     }
