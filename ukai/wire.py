@@ -20,6 +20,7 @@ from ukai.messages import Header
 Frames = list[bytes]
 DRAIN_LIMIT = 64
 SEND_QUEUE_MESSAGES = 10_000
+CUT_S = 0.1
 
 
 class Port:
@@ -146,7 +147,11 @@ class Requester:
         self._cuts.kick()
 
     def _cut(self, _event: Frames) -> None:
-        """The connection has ended, and with it what was under way: nobody will answer that."""
+        """The connection has ended.  libzmq tells so a moment before it stops taking messages for it: they go too."""
+        asyncio.get_running_loop().call_later(CUT_S, self._lost)
+
+    def _lost(self) -> None:
+        """Nobody will answer what was under way."""
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             if not future.done():
