@@ -279,6 +279,11 @@ def test_a_read_names_the_generation_it_wants(sender: Sender) -> None:
     for generation in (0, 6, 8):
         with pytest.raises(Damaged):
             sender.send("r", b=0, o=0, l=1, g=generation)
+    # a resync wants no older copy; a source that has not heard yet of a new generation is none
+    assert sender.send("r", b=0, o=0, l=1, least=6)[1] == b"x"
+    assert sender.send("r", b=1, o=0, l=4, least=0)[1] == bytes(4)
+    with pytest.raises(Damaged):
+        sender.send("r", b=0, o=0, l=1, least=8)
 
 
 def test_stamped_blocks_have_files_and_the_generation(sender: Sender, image: ImageStore) -> None:

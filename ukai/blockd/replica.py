@@ -288,9 +288,11 @@ class Replica:
         image = self._image(header)
         length = integer(header, "l", 1, READ_LIMIT_BYTES)
         block, offset = self._place(image, header, length)
-        generation = integer(header, "g")
-        image.check(block, generation)
-        if generation == 0:
+        if "least" in header:
+            image.check_least(block, integer(header, "least"))
+        else:
+            image.check(block, integer(header, "g"))
+        if image.generations[block] == 0:
             return {}, zeros(length)
         data = image.read_cached(block, offset, length)
         return ({}, data) if data is not None else self._read_beside(image, block, offset, length)

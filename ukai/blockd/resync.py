@@ -279,7 +279,8 @@ class Resync(Run):
             store = c.core.store.image(c.uuid)
             store.check_least(block, c.image.required(node, block))
             return await c.core.replica.read(store, block, offset, length)
-        fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "g": replica.generation}
+        # a block may have been announced anew a moment ago, and the source not have heard of it: that is no fault of it
+        fields = {"i": c.uuid, "b": block, "o": offset, "l": length, "least": c.image.required(node, block)}
         _, payload = await c.core.peer(node).ask("r", fields)
         if payload is None or len(payload) != length:
             raise Unreachable(f"node {node} answered a read of block {block} without its data")
