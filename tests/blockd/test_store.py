@@ -501,6 +501,15 @@ def test_what_lies_under_a_block_never_written_is_no_data(image: ImageStore) -> 
     assert image.read(1, 0, 8192) == bytes(8192)
 
 
+def test_a_block_that_begins_anew_can_be_flushed_again(image: ImageStore) -> None:
+    write(image, 1, 0, b"data", 5)
+    block_path(image.store, 1).unlink()
+    assert list(flush(image, [1])) == [1]
+    image.disowned([(1, 1)])
+    write(image, 1, 0, b"new", 7)
+    assert flush(image, [1]) == {}
+
+
 # --- resync (R11)
 
 

@@ -234,6 +234,7 @@ class ImageStore:
         if have == 0:
             self.store.forget_files(self.uuid, block)
             self._create(block)
+            self.poisoned.pop(block, None)
         fd = self.file(block)
         self.set_generation(block, generation)
         return fd
