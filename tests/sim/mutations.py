@@ -24,6 +24,7 @@ from ukai.blockd.role import Role
 from ukai.errors import NoSpace, UkaiError
 from ukai.frontend.shortcut import Loan, Shortcut
 from ukai.metad import acceptance, registration, replicas, roles
+from ukai.metad import blocks as metad_blocks
 from ukai.metad import core as metad_core
 from ukai.mirror import Mirror
 from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, written
@@ -244,7 +245,10 @@ def _flush_leaves_behind() -> list[Patch]:
 
 
 def _handles_outlive_their_writes() -> list[Patch]:
-    return [(roles, "lose_former", _nothing), (roles, "lost_with", lambda image, node, gone: [])]
+    return [
+        (roles, "lose_former", _nothing), (metad_blocks, "lose_former", _nothing),
+        (roles, "lost_with", lambda image, node, gone: []),
+    ]  # fmt: skip
 
 
 # --- R5
@@ -521,7 +525,7 @@ def _older_metadata_believed() -> list[Patch]:
 DIFFERS, LACKS, STORED, READS = "is not active and differs", "does not have it", "has not stored it", "possible were"
 SPOILT = (READS, "is torn", "in-sync and verified")
 
-GONE = ("whose writes may be lost", "was replaced wrote", READS)
+GONE = ("whose writes may be lost", "was replaced wrote")
 
 MUTATIONS = (
     Mutation("R1", "a replica takes any epoch", _any_epoch, _world("takeover", locations=3), ("took",)),
