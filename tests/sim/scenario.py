@@ -420,7 +420,7 @@ class Scenario:
         """Files are removed, cut off or replaced by older ones while blockd is down: it must be found out (R8)."""
         world = self.world
         disk = world.disks[node]
-        old = [copies[node] for at, copies in self.copies if world_time() - at > OLD_COPY_S]
+        old = [copies[node] for at, copies in self.copies if world_time() - at > OLD_COPY_S and node in copies]
         image = next(iter(world.database.committed.images.values()))
         old = [files for files in old if f"/data/{image.name}/.ukai.json" in files[0]]
         paths = [_path(image.name, b) for b in range(BLOCKS) if _path(image.name, b) in disk.names_now]
@@ -616,7 +616,12 @@ class Scenario:
             if count % 10 == 0:
                 self.lengths.append((world_time(), len(self.world.database.entries)))
                 if "old directory" in self.parameters["rare"]:
-                    self.copies.append((world_time(), {n: d.copy() for n, d in self.world.disks.items()}))
+                    self.copies.append(
+                        (
+                            world_time(),
+                            {n: d.copy() for n, d in self.world.disks.items() if n not in self.world.tampered},
+                        )
+                    )
 
     def check_replicas(self) -> None:
         """In-sync replicas differ only in active blocks; the last copy is never lost."""
