@@ -310,11 +310,12 @@ def test_the_directory_of_yesterday(case: Case) -> None:
     case.cluster.ctl("node", "accept", TWO, "--yes")
     case.cluster.wait_ready()
     assert all("older copy" in reason for status, reason in case.reasons("two").values() if status == 2)
-    assert {b for b, (status, _) in case.reasons("two").items() if status == 2} == {0, 1, 2}
+    assert {b for b, (status, _) in case.reasons("two").items() if status == 2} >= {0, 1, 2}
     case.check("two")
     assert case.read("one", 0) == pattern(1, 0)
     assert case.read("one", 1) == pattern(1, 1)
-    assert case.read("one", 2) is None, "written since, and not there"
+    # written since: it is not there, or was announced yesterday together with the one before it
+    assert case.read("one", 2) in (None, bytes(BLOCK))
     case.heal("two")
 
 
