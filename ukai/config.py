@@ -84,10 +84,6 @@ class Config:
         return f"ipc://{self.run_dir}/blockd.sock"
 
     @property
-    def data_socket(self) -> str:
-        return f"{self.run_dir}/data.sock"
-
-    @property
     def loans_socket(self) -> str:
         return f"{self.run_dir}/loans.sock"
 

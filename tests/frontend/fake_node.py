@@ -6,10 +6,8 @@ runs it as a process of its own, for measurements.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import secrets
-import socket
 import sys
 import threading
 import time
@@ -20,13 +18,10 @@ from typing import Any
 
 import zmq
 
-from ukai import messages, stream
+from ukai import messages
 from ukai.errors import NotFound, RemoteProtocolError, StaleHandle, StaleSession, UkaiError
 from ukai.messages import Header
 from ukai.model import Cluster, Image
-
-Asker = bytes | socket.socket
-"""Whom to answer: an identity of ZeroMQ, or a connection."""
 
 NODE = "127.0.0.1"
 SLICE_MS = 20
@@ -43,12 +38,11 @@ class FakeNode:
     def __init__(self, run_dir: Path, control_port: int, publish_port: int) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
         self.endpoint = f"ipc://{run_dir}/blockd.sock"
-        self.data_path = run_dir / "data.sock"
         self.cluster = Cluster(cluster_id="fake", seq=1)
         self.data: dict[str, bytearray] = {}
         self.allocated: dict[str, int] = {}
         self.faults: dict[str, list[str | UkaiError | list[Any]]] = defaultdict(list)
-        self.held: list[tuple[Asker, Header, bytes, bool]] = []
+        self.held: list[tuple[bytes, Header, bytes, bool]] = []
         self.seen: list[Header] = []
         self.record = True
         self.handles: dict[int, tuple[str, int]] = {}
@@ -61,8 +55,6 @@ class FakeNode:
         self._pub = self.context.socket(zmq.PUB)
         self._pub.bind(f"tcp://{NODE}:{publish_port}")
         self._blockd: zmq.Socket[bytes] | None = None
-        self._listener: socket.socket | None = None
-        self._connections: list[socket.socket] = []
         self._orders: queue.SimpleQueue[tuple[Callable[[], None], threading.Event]] = queue.SimpleQueue()
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="fake node")
@@ -95,10 +87,6 @@ class FakeNode:
             self._blockd = self.context.socket(zmq.ROUTER)
             self._blockd.linger = 0
             self._blockd.bind(self.endpoint)
-            self.data_path.unlink(missing_ok=True)
-            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._listener.bind(str(self.data_path))
-            self._listener.listen(100)
 
         self.do(work)
 
@@ -108,15 +96,8 @@ class FakeNode:
             self._blockd.close(0)
             self._blockd = None
             self.held = []
-            self._hang_up()
 
         self.do(work)
-
-    def _hang_up(self) -> None:
-        for connected in (self._listener, *self._connections):
-            if connected is not None:
-                connected.close()
-        self._listener, self._connections = None, []
 
     def release(self) -> None:
         """Answer what was held."""
@@ -132,7 +113,6 @@ class FakeNode:
     def close(self) -> None:
         self._stop = True
         self._thread.join()
-        self._hang_up()
         self.context.destroy(linger=0)
 
     def count(self, op: str) -> int:
@@ -163,7 +143,7 @@ class FakeNode:
             if blockd is None or self.frozen:
                 self._metad.poll(SLICE_MS)
                 self._serve_metad()
-            else:
+            elif blockd.poll(SLICE_MS):
                 self._serve_blockd(blockd)
 
     def _serve_metad(self) -> None:
@@ -174,66 +154,35 @@ class FakeNode:
             reply["snapshot"] = self.cluster.snapshot(detail=False)
             self._metad.send_multipart([identity, empty, messages.pack(reply)])
 
-    def _serve_blockd(self, blockd: zmq.Socket[bytes]) -> None:
-        """Beats over ZeroMQ, all else over stream sockets."""
-        poller = zmq.Poller()
-        for one in (blockd, self._listener, *self._connections):
-            poller.register(one, zmq.POLLIN)
-        ready = dict(poller.poll(SLICE_MS))
-        if blockd in ready:
-            identity, frame = blockd.recv_multipart()
-            self._serve(identity, messages.unpack(frame), b"")
-        assert self._listener is not None
-        if self._listener.fileno() in ready:
-            self._connections.append(self._listener.accept()[0])
-        for connected in list(self._connections):
-            if connected.fileno() in ready:
-                self._serve_connection(connected)
+    def _serve_blockd(self, socket: zmq.Socket[bytes]) -> None:
+        for _ in range(64):
+            try:
+                frames = socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            header = messages.unpack(frames[1])
+            payload = frames[2] if len(frames) > 2 else b""
+            if self.record:
+                self.seen.append(header)
+            op = header["op"]
+            fault = self.faults[op].pop(0) if self.faults.get(op) else ""
+            if isinstance(fault, UkaiError):
+                self._answer(frames[0], header, messages.error_reply(fault), b"")
+            elif isinstance(fault, list):
+                socket.send_multipart([frames[0], *(_numbered(f, header["id"]) for f in fault)])
+            elif fault == "hold":
+                self.held.append((frames[0], header, payload, False))
+            elif fault in ("late", "lose"):
+                self._try(header, payload)
+                if fault == "late":
+                    self.held.append((frames[0], header, b"", True))
+            elif fault != "drop":
+                self._answer(frames[0], header, *self._try(header, payload))
 
-    def _serve_connection(self, connected: socket.socket) -> None:
-        begin = b""
-        with contextlib.suppress(ConnectionError):
-            begin = connected.recv(stream.LENGTHS.size, socket.MSG_WAITALL)
-        if len(begin) < stream.LENGTHS.size:
-            self._connections.remove(connected)
-            connected.close()
-            return
-        header, payload = stream.LENGTHS.unpack(begin)
-        frame = connected.recv(header, socket.MSG_WAITALL)
-        data = connected.recv(payload, socket.MSG_WAITALL) if payload else b""
-        self._serve(connected, messages.unpack(frame), data)
-
-    def _serve(self, asker: Asker, header: Header, payload: bytes) -> None:
-        if self.record:
-            self.seen.append(header)
-        op = header["op"]
-        fault = self.faults[op].pop(0) if self.faults.get(op) else ""
-        if isinstance(fault, UkaiError):
-            self._answer(asker, header, messages.error_reply(fault), b"")
-        elif isinstance(fault, list):
-            frame, *rest = (_numbered(f, header["id"]) for f in fault)
-            self._send(asker, frame, b"".join(rest) if rest else None)
-        elif fault == "hold":
-            self.held.append((asker, header, payload, False))
-        elif fault in ("late", "lose"):
-            self._try(header, payload)
-            if fault == "late":
-                self.held.append((asker, header, b"", True))
-        elif fault != "drop":
-            self._answer(asker, header, *self._try(header, payload))
-
-    def _answer(self, asker: Asker, header: Header, reply: Header, payload: bytes | memoryview) -> None:
-        frame = messages.pack({"re": header["id"], **reply})
-        self._send(asker, frame, payload if header["op"] == "r" and "err" not in reply else None)
-
-    def _send(self, asker: Asker, frame: bytes, payload: bytes | memoryview | None) -> None:
-        if isinstance(asker, bytes):
-            assert self._blockd is not None
-            self._blockd.send_multipart([asker, frame])
-            return
-        with contextlib.suppress(OSError):  # the frontend has given it up
-            for part in stream.parts(frame, payload):
-                asker.sendall(part)
+    def _answer(self, identity: bytes, header: Header, reply: Header, payload: bytes | memoryview) -> None:
+        assert self._blockd is not None
+        frames: list[Any] = [identity, messages.pack({"re": header["id"], **reply})]
+        self._blockd.send_multipart([*frames, payload] if header["op"] == "r" and "err" not in reply else frames)
 
     def _try(self, header: Header, payload: bytes) -> tuple[Header, bytes | memoryview]:
         try:

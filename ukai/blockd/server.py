@@ -20,7 +20,7 @@ import zmq
 from ukai import messages
 from ukai.blockd.core import Core, Ports
 from ukai.blockd.disk import Disk
-from ukai.blockd.frontends import TRANSFER_LIMIT_BYTES, Reply
+from ukai.blockd.frontends import Reply
 from ukai.blockd.lender import Lender
 from ukai.blockd.peer import Payload
 from ukai.blockd.store import Store
@@ -31,7 +31,6 @@ from ukai.messages import Header
 from ukai.metalink import MetadLink
 from ukai.mirror import Mirror
 from ukai.model import STATUS_NAMES
-from ukai.stream import Connection, Listener
 from ukai.telemetry import Telemetry
 from ukai.wire import Frames, Port, bound, connected
 
@@ -113,7 +112,6 @@ class BlockServer:
         self.core = Core(config, node, self.store, self.mirror, ports, telemetry.metrics)
         telemetry.metrics.gauges.append(self._gauges)
         self._ports: list[Port] = []
-        self._listener: Listener | None = None
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -131,7 +129,6 @@ class BlockServer:
             port = bound(self._context, endpoint, limit, functools.partial(self._receive, holder, handle))
             holder.append(port)
             self._ports.append(port)
-        self._listener = Listener(self._config.data_socket, TRANSFER_LIMIT_BYTES, self._received, self._garbage)
         self._lender.start(self.core.frontends.lend)
         self._link.start()
         self._background = [
@@ -147,8 +144,6 @@ class BlockServer:
             task.cancel()
         self._link.close()
         self._lender.close()
-        if self._listener is not None:
-            self._listener.close()
         for port in self._ports:
             port.close()
         self._pool.shutdown(wait=True)
@@ -170,33 +165,14 @@ class BlockServer:
         self, holder: list[Port], handle: Callable[[Header, Payload | None, Reply], None], frames: Frames
     ) -> None:
         """One message of a ROUTER: [identity, header, payload]."""
-        if not 2 <= len(frames) <= 3:
-            self._garbage(RemoteProtocolError(f"a message of {len(frames)} frames"))
-            return
-        identity = frames[0]
-
-        def send(packed: bytes, payload: Payload | None) -> None:
-            holder[0].send([identity, packed] if payload is None else [identity, packed, payload])  # type: ignore[list-item]
-
-        self._serve(send, handle, frames[1], frames[2] if len(frames) == 3 else None)
-
-    def _received(self, connection: Connection, frame: bytes, payload: Payload | None) -> None:
-        """One message of a frontend over its data socket."""
-        self._serve(connection.send, self.core.frontends.answer, frame, payload)
-
-    def _serve(
-        self,
-        send: Callable[[bytes, Payload | None], None],
-        handle: Callable[[Header, Payload | None, Reply], None],
-        frame: bytes,
-        payload: Payload | None,
-    ) -> None:
         try:
+            if not 2 <= len(frames) <= 3:
+                raise RemoteProtocolError(f"a message of {len(frames)} frames")
             try:
-                header = messages.unpack(frame)
+                header = messages.unpack(frames[1])
             except VersionError as e:
                 self._garbage(e)
-                send(messages.pack({"re": 0, **messages.error_reply(e)}), None)
+                holder[0].send([frames[0], messages.pack({"re": 0, **messages.error_reply(e)})])
                 return
             number = header.get("id")
             if type(number) is not int:
@@ -204,14 +180,16 @@ class BlockServer:
         except RemoteProtocolError as e:
             self._garbage(e)
             return
+        identity = frames[0]
 
-        def reply(fields: Header, data: Payload | None) -> None:
+        def reply(fields: Header, payload: Payload | None) -> None:
             if fields.get("err") == "protocol-remote":
                 self._telemetry.metrics.count("ukai_protocol_errors_total")
             fields["re"] = number
-            send(messages.pack(fields), data)
+            packed = messages.pack(fields)
+            holder[0].send([identity, packed] if payload is None else [identity, packed, payload])  # type: ignore[list-item]
 
-        handle(header, payload, reply)
+        handle(header, frames[2] if len(frames) == 3 else None, reply)
 
     def _from_metad(self, header: Header, _rest: Frames) -> None:
         async def answer() -> None:

@@ -1,8 +1,7 @@
 """Requests to the blockd of this node, from the threads of libfuse.
 
-A thread takes a connection from a free list and puts it back after the reply: thread-locals don't survive between
-callbacks.  One whose request has no reply is never used again.  Whether blockd runs, and which process of it, is asked
-through ZeroMQ (``Watch``); the requests go over a stream socket, which is several times as fast (``stream.py``).
+A thread takes a connected DEALER from a free list and puts it back after the reply: sockets are not thread-safe, and
+thread-locals don't survive between callbacks.  A socket whose request has no reply is never used again.
 
 While a request waits, its thread looks every slice whether the process that it was sent to is still the running
 one; ``Watch`` knows.
@@ -21,17 +20,16 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import zmq
 
 from ukai import messages
 from ukai.errors import RemoteProtocolError, StaleHandle, Timeout, UkaiError, Unreachable, from_wire
 from ukai.frontend.borrower import Borrower
-from ukai.frontend.channel import Channel
 from ukai.frontend.core import Handle, Verdict, after_error, pause_s
 from ukai.frontend.shortcut import Shortcut
-from ukai.frontend.watch import SLICE_MS, Watch
+from ukai.frontend.watch import Watch, dealer
 from ukai.messages import Header
 
 log = logging.getLogger(__name__)
@@ -42,11 +40,26 @@ HOLD_TIMEOUTS = 3
 """blockd answers each request within io_timeout of its arrival; what it has not answered after so many of them,
 while it was not silent, it never got."""
 
+_SNDMORE, _RCVMORE, _DONTWAIT = int(zmq.SNDMORE), int(zmq.RCVMORE), int(zmq.DONTWAIT)
 _CHANGES_DATA = ("w", "z")
 
 
 class _Gone(Exception):
     """The blockd process that a request was sent to is not the running one any more."""
+
+
+class Channel:
+    """One connected DEALER; belongs to one thread at a time."""
+
+    __slots__ = ("busy_bytes", "held_until", "number", "on_drop", "socket")
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
+        self.socket = dealer(context, endpoint)
+        self.number = 0
+        self.busy_bytes = -1
+        """Bytes of the request under way; −1: none."""
+        self.held_until = 0.0
+        self.on_drop: Callable[[], None] | None = None
 
 
 class Client:
@@ -59,14 +72,13 @@ class Client:
         self,
         context: zmq.Context[Any],
         endpoint: str,
-        path: str,
         io_timeout_s: float,
         beat_interval_s: float,
         borrower: Borrower | None = None,
     ) -> None:
         self.name = secrets.token_hex(8)
         self.protocol_errors = 0
-        self._path = path
+        self._context, self._endpoint = context, endpoint
         self._io_timeout_s = io_timeout_s
         self._inc = ""
         self._free: list[Channel] = []
@@ -258,35 +270,45 @@ class Client:
         writer: Handle | None,
     ) -> tuple[Header, int]:
         """Send once and wait.  Raises _Gone, Timeout; a write of ``writer`` left unanswered holds back others."""
-        channel = self._channel(inc, deadline)
+        try:
+            channel = self._free.pop()
+        except IndexError:
+            channel = Channel(self._context, self._endpoint)
+            self._all.add(channel)
         channel.number = number = channel.number + 1
         channel.busy_bytes = size
         header["id"] = number
-        patient = functools.partial(self._look, inc, deadline, f"did not answer {header['op']}", Timeout)
+        socket = channel.socket
         sent = received = answered = False
         try:
             data = messages.pack(header)
-            try:
-                channel.send(
-                    data, payload, functools.partial(self._look, inc, deadline, "can't be reached", Unreachable)
-                )
-                sent = True  # before, a part of it may be there: without the rest it is never done
-                frame, count = channel.receive(into, patient)
-            except OSError:
-                # blockd is gone, or about to be: only when it is known for sure may the request go to the next one
-                self._outwait(inc, patient)
+            while True:
+                try:
+                    socket.send(data, 0 if payload is None else _SNDMORE)
+                    break
+                except zmq.Again:
+                    self._look(inc, deadline, "can't be reached", Unreachable)
+            sent = True
+            if payload is not None:
+                socket.send(payload)
+            while True:
+                try:
+                    frame = socket.recv()
+                    break
+                except zmq.Again:
+                    self._look(inc, deadline, f"did not answer {header['op']}", Timeout)
             received = True
+            count = 0
+            if socket.getsockopt(_RCVMORE):
+                count = socket.recv_into(into if into is not None else bytearray())
             reply = messages.unpack(frame)
-            if reply.get("re") != number:
+            if reply.get("re") != number or socket.getsockopt(_RCVMORE):
+                self.protocol_errors += 1
                 raise RemoteProtocolError("blockd answered with a message that is no reply to the request")
             answered = True
             return reply, count
         except _Gone:
             sent = False
-            raise
-        except RemoteProtocolError:
-            received = True
-            self.protocol_errors += 1
             raise
         finally:
             channel.busy_bytes = -1
@@ -296,31 +318,6 @@ class Client:
                 self._hold(writer, header["o"], header.get("l", size), channel, inc)
             else:
                 self._drop(channel)
-
-    def _channel(self, inc: str, deadline: float) -> Channel:
-        """A connection that nobody uses.  Raises _Gone, Unreachable."""
-        while True:
-            try:
-                return self._free.pop()
-            except IndexError:
-                pass
-            try:
-                channel = Channel(self._path)
-                self._all.add(channel)
-                return channel
-            except OSError:
-                self._look(inc, deadline, "can't be reached", Unreachable)
-                with self._changed:
-                    if self._inc == inc:
-                        self._changed.wait(SLICE_MS / 1000)
-
-    def _outwait(self, inc: str, patient: Callable[[], None]) -> NoReturn:
-        """Wait until ``patient`` raises what ends a request that can't be answered any more."""
-        while True:
-            patient()
-            with self._changed:
-                if self._inc == inc:
-                    self._changed.wait(SLICE_MS / 1000)
 
     def _look(self, inc: str, deadline: float, what: str, error: type[UkaiError]) -> None:
         """Between two slices of waiting: is there still somebody to wait for?"""
@@ -397,7 +394,7 @@ class Client:
 
     def _drop(self, channel: Channel) -> None:
         self._all.discard(channel)
-        channel.close()
+        channel.socket.close(0)
         if channel.on_drop is not None:
             channel.on_drop()
 
@@ -447,8 +444,11 @@ class Client:
                 for channel in list(channels):
                     if self._watch.silent:
                         channel.held_until = now + HOLD_TIMEOUTS * self._io_timeout_s
-                    if not channel.answered() and now < channel.held_until:
-                        continue
+                    try:
+                        channel.socket.recv_multipart(_DONTWAIT)
+                    except zmq.Again:
+                        if now < channel.held_until:
+                            continue
                     channels.remove(channel)
                     self._drop(channel)
                 if not channels:
