@@ -38,6 +38,8 @@ class Activity:
         self._due: set[int] = set()
         """Warmed for a request that has not come to write yet: not retired to make room for others."""
         self._ahead = Ahead(limit)
+        self._reboots = 0
+        """How often the machine of a replica was started anew: what was stamped there may be gone."""
         self._task: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
 
@@ -51,6 +53,18 @@ class Activity:
         self.active, self.warm, self._doubtful, self._idle_since = {}, set(), set(), {}
         self._due.clear()
         self._ahead.clear()
+
+    def rebooted(self, node: str) -> None:
+        """The machine of a replica was started anew: generations that were not flushed there are gone (R8).
+
+        Its last copies are stamped again before they are used or retired, since only an active block may have the
+        generation of before.
+        """
+        self._reboots += 1
+        where = self._c.image.locations.get(node)
+        for block in [b for b in self.warm if where is not None and where.get(b) is not None]:
+            self._c.hot.pop(block, None)
+            self.warm.discard(block)
 
     async def make_warm(self, blocks: list[int]) -> None:
         """Announce what is cold and stamp what is active.  Raises UkaiError."""
@@ -104,10 +118,10 @@ class Activity:
                 self.active[block] = now
             self._doubtful.difference_update(cold)
         await faults.pause("activate.announced")
-        epoch = self._c.epoch
+        epoch, reboots = self._c.epoch, self._reboots
         refused = await self._stamp(blocks)
         await faults.pause("activate.stamped")
-        if self._c.holds(epoch):
+        if self._c.holds(epoch) and reboots == self._reboots:
             self.warm.update(b for b in blocks if b not in refused)
         return refused
 
@@ -242,7 +256,7 @@ class Activity:
 
     async def _retire(self, blocks: list[int]) -> None:
         """Retire what can be: stamped, without a write under way, flushed.  The lock is held."""
-        c = self._c
+        c, reboots = self._c, self._reboots
         unstamped = [b for b in blocks if b not in self.warm]
         if unstamped:
             refused = await self._stamp(unstamped)
@@ -257,7 +271,7 @@ class Activity:
             if c.flusher.needed(ready):
                 await c.flusher.flush()  # what is acknowledged early is answered by then
             ready = [b for b in ready if b not in c.inflight and b not in c.behind.ops and b not in c.marker.pending]
-            if ready:
+            if ready and reboots == self._reboots:
                 asked = ready
                 self._doubtful.update(asked)
                 await faults.pause("retire.flushed")
@@ -267,7 +281,8 @@ class Activity:
                     self.active.pop(block, None)
                 self._doubtful.difference_update(asked)
         finally:
-            self.warm.update(b for b in blocks if b in self.active and b not in self._doubtful)
+            if reboots == self._reboots:
+                self.warm.update(b for b in blocks if b in self.active and b not in self._doubtful)
             self._due.difference_update(blocks)
             for block in blocks:
                 self._idle_since.pop(block, None)

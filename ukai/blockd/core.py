@@ -163,6 +163,7 @@ class Core:
         for c in self.coordinators.values():
             if c.held:
                 c.flusher.rebooted(node)
+                c.activity.rebooted(node)
 
     def role_lost(self, uuid: str) -> None:
         self.resyncs.pop(uuid, None)

@@ -123,10 +123,9 @@ class Role:
                 await faults.pause("release.begin")
                 await c.writes.drained()
                 await faults.pause("release.drained")
-                cold = [b for b in c.activity.active if b not in c.activity.warm]
                 left: list[int] = []
                 try:
-                    if cold:
+                    while cold := [b for b in c.activity.active if b not in c.activity.warm]:
                         await c.activity.make_warm(cold)
                 except Damaged:
                     left = await c.activity.retire_all()
