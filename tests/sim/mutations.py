@@ -255,12 +255,13 @@ def _handles_outlive_their_writes() -> list[Patch]:
 
 
 def _unannounced() -> list[Patch]:
-    async def warm_up(self: Activity, blocks: list[int]) -> None:
+    async def warm_up(self: Activity, blocks: list[int]) -> dict[int, UkaiError]:
         known = [b for b in blocks if written(self._c.image.replicas(b))]
-        if fresh := [b for b in blocks if b not in known]:
-            await real(self, fresh)
+        fresh = [b for b in blocks if b not in known]
+        errors = await real(self, fresh) if fresh else {}
         self.active.update(dict.fromkeys(known, self._c.now()))
         self.warm.update(known)
+        return errors
 
     real = Activity._warm_up
     return [(Activity, "_warm_up", warm_up)]
@@ -545,8 +546,9 @@ MUTATIONS = (
         "R3",
         "loans outlive their lender",
         _loans_outlive_their_lender,
-        _world("kill blockd", "disk", "sync", fault_every_s=0.2),
+        _world("kill blockd", "disk", "sync", fault_every_s=0.2, struck=["127.0.0.1"]),
         (READS,),
+        9.0,
     ),
     Mutation("R4", "checksums are not looked at", _sums_not_looked_at, _world("rot", "migrate", checksum=True), SPOILT),
     Mutation(
@@ -574,13 +576,17 @@ MUTATIONS = (
         _flush("disk", slow_ms=5.0, fault_every_s=0.1),
         (STORED, DIFFERS),
     ),
-    Mutation("R5", "writes are not announced", _unannounced, _world("kill blockd", "freeze"), (DIFFERS, LACKS, READS)),
+    Mutation(
+        "R5", "writes are not announced", _unannounced, _world("kill blockd", "freeze"), (DIFFERS, LACKS, STORED, READS)
+    ),
     Mutation(
         "R5", "nothing is reconciled", _nothing_reconciled, _world("takeover", "kill blockd"), ("fenced", DIFFERS)
     ),
     Mutation("R5", "retired without a flush", _retired_unflushed, _world("power"), (DIFFERS, STORED, READS)),
-    Mutation("R6", "any number is taken", _any_number, _world("migrate", repeat=0.05), (DIFFERS, READS, LACKS)),
-    Mutation("R6", "any session is taken", _any_session, _world("migrate", repeat=0.05), (DIFFERS, READS, LACKS)),
+    Mutation("R6", "any number is taken", _any_number, _world("migrate", repeat=0.05), (DIFFERS, READS, LACKS, STORED)),
+    Mutation(
+        "R6", "any session is taken", _any_session, _world("migrate", repeat=0.05), (DIFFERS, READS, LACKS, STORED)
+    ),
     Mutation("R7", "only the local disk is flushed", _flush_here_only, _world("migrate"), (STORED,)),
     Mutation("R7", "a failed flush is ignored", _failed_flush_ignored, _world("disk"), (STORED,)),
     Mutation(

@@ -58,6 +58,7 @@ class Scenario:
             "rare": sorted(apart.sample(RARE, apart.randint(1, 2))) if apart.random() < 0.4 else [],
             "accept": apart.random() < 0.1,
             "power_s": 2.0,
+            "struck": list(NODES),
             "direct": random.Random(f"{seed} direct").random() < 0.7,
             "replication": "flush" if random.Random(f"{seed} replication").random() < 0.4 else "sync",
             "active_limit": apart.choice((3, 4)),
@@ -168,7 +169,7 @@ class Scenario:
         world = self.world
         self.faults[kind] = self.faults.get(kind, 0) + 1
         chance = world.chance
-        node = chance.choice(NODES)
+        node = chance.choice(self.parameters["struck"])
         loop = asyncio.get_running_loop()
         if kind == "kill blockd":
             world.kill_blockd(node)
