@@ -6,7 +6,10 @@ import asyncio
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
+
 from ukai.blockd.coordinator import Coordinator
+from ukai.blockd.core import Core
 from ukai.blockd.role import Role
 
 EPOCH = 7
@@ -53,3 +56,29 @@ def test_two_who_want_it_given_up_and_one_who_waits() -> None:
         assert c.frozen is None
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("clean", "epoch", "told"),
+    [
+        (True, EPOCH, [{"image": "u", "epoch": EPOCH, "left": [[2, 2]]}]),
+        (False, EPOCH, [{"image": "u", "epoch": EPOCH, "left": [[0, 3]]}]),  # all of it stays active (R5)
+        (False, EPOCH + 1, []),
+    ],
+)
+def test_a_role_that_was_given_up_is_handed_back(clean: bool, epoch: int, told: list[dict[str, object]]) -> None:
+    """metad names this node, which holds the role no more: else whoever only reads would ask it for ever."""
+    heard = []
+
+    async def release(epoch: int, deadline: float) -> bool:
+        return clean
+
+    async def metad(op: str, fields: dict[str, object]) -> None:
+        assert op == "release"
+        heard.append(fields)
+
+    role = SimpleNamespace(release=release, left=[[2, 2]])
+    c = SimpleNamespace(uuid="u", epoch=EPOCH, role=role, image=SimpleNamespace(block_count=4))
+    core = SimpleNamespace(now=lambda: 0.0, config=SimpleNamespace(io_timeout=1.0), metad=metad)
+    asyncio.run(Core._hand_back(cast(Core, core), cast(Coordinator, c), epoch))
+    assert heard == told

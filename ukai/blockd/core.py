@@ -358,10 +358,16 @@ class Core:
             await self.metad("release", {"image": c.uuid, "epoch": epoch, "left": c.role.left})
 
     async def _hand_back(self, c: Coordinator, epoch: int) -> None:
-        """Tell metad again of a role that was given up while metad was away."""
+        """Tell metad again of a role that was given up while metad was away, or without a flush.
+
+        What was not flushed stays active, and is compared at the next grant as after a crash (R5).
+        """
         try:
-            if epoch == c.epoch:
-                await self._give_up(c)
+            if epoch != c.epoch:
+                return
+            clean = await c.role.release(epoch, self.now() + self.config.io_timeout)
+            left = c.role.left if clean else [[0, c.image.block_count - 1]]
+            await self.metad("release", {"image": c.uuid, "epoch": epoch, "left": left})
         except UkaiError as e:
             log.info("image %s: %s", c.uuid, e.message)
 
