@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
+
 from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.core import Core
 from ukai.blockd.frontends import FRONTEND_BEATS, Frontends
@@ -16,7 +18,7 @@ def test_a_handle_that_its_frontend_has_given_up_is_closed() -> None:
     """An open that was served after a freeze, when its asker had gone: the image must not be open for ever."""
     now = 100.0
     core = SimpleNamespace(now=lambda: now, config=SimpleNamespace(beat_interval=BEAT_S), inc="i")
-    image = SimpleNamespace(name=lambda: "disk", idle_since=0.0, flusher=SimpleNamespace(lost="x"))
+    image = SimpleNamespace(uuid="u", name=lambda: "disk", idle_since=0.0, flusher=SimpleNamespace(lost="x"))
     frontends = Frontends(cast(Core, core))
     for number, frontend in ((1, "f"), (2, "f"), (3, "another")):
         frontends.handles[number] = Handle(number, frontend, cast(Coordinator, image), 0, now)
@@ -32,3 +34,25 @@ def test_a_handle_that_its_frontend_has_given_up_is_closed() -> None:
     now += FRONTEND_BEATS * BEAT_S + 0.1
     assert beat() == [1]
     assert set(frontends.handles) == {1, 3}
+
+
+@pytest.mark.expect_log(r"the frontend is silent")
+def test_a_silent_frontend_may_live() -> None:
+    """Its handles are closed, and count all the same: a role that moves meanwhile must make them stale (R2)."""
+    now = 100.0
+    core = SimpleNamespace(now=lambda: now, config=SimpleNamespace(beat_interval=BEAT_S), inc="i")
+    image = SimpleNamespace(uuid="u", name=lambda: "disk", idle_since=0.0, flusher=SimpleNamespace(lost="x"))
+    frontends = Frontends(cast(Core, core))
+
+    def beat() -> None:
+        frontends.answer({"op": "beat", "frontend": "f", "handles": []}, None, lambda _fields, _payload: None)
+
+    beat()
+    frontends.handles[1] = Handle(1, "f", cast(Coordinator, image), 0, now)
+    now += FRONTEND_BEATS * BEAT_S + 0.1
+    frontends.drop_silent()
+    assert not frontends.handles
+    assert frontends.opens() == {"u": 1}
+    assert image.flusher.lost == "x", "its machine has not been told that its writes are gone (R7)"
+    beat()
+    assert frontends.opens() == {}

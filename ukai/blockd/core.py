@@ -297,14 +297,11 @@ class Core:
 
     async def _beat(self) -> None:
         sent_at = self.now()
-        opens: dict[str, int] = {}
-        for handle in self.frontends.handles.values():
-            opens[handle.coordinator.uuid] = opens.get(handle.coordinator.uuid, 0) + 1
         down = [[p.node, p.down_since, p.reason] for p in self.peers.values() if not p.up]
         fields = {
             "saved_seq": self.store.highest_seq,
             "roles": self.roles(),
-            "opens": opens,
+            "opens": self.frontends.opens(),
             "down": down,
             "progress": {uuid: r.progress() for uuid, r in self.resyncs.items()},
             "space": list(self.store.disk.space(self.store.root)),

@@ -35,6 +35,8 @@ class Frontends:
         self.handles: dict[int, Handle] = {}
         self.beats: dict[str, float] = {}
         """frontend → when it last said that it lives."""
+        self._silent: dict[str, dict[str, int]] = {}
+        """frontend → image → handles closed because it is silent: it may live, and its machines with it (R2)."""
         self.closed: set[str] = set()
         """Images that metad is about to take offline."""
         self._ops: dict[str, Callable[[Header, Payload | None, Reply], None]] = {
@@ -52,7 +54,21 @@ class Frontends:
         limit = self._core.now() - FRONTEND_BEATS * self._core.config.beat_interval
         for frontend in [f for f, at in self.beats.items() if at < limit]:
             del self.beats[frontend]
+            for handle in self.handles.values():
+                if handle.frontend == frontend:
+                    counts = self._silent.setdefault(frontend, {})
+                    counts[handle.coordinator.uuid] = counts.get(handle.coordinator.uuid, 0) + 1
             self._close_frontend(frontend, "is silent")
+
+    def opens(self) -> dict[str, int]:
+        """image → handles that are open, or were when their frontend fell silent."""
+        found: dict[str, int] = {}
+        for handle in self.handles.values():
+            found[handle.coordinator.uuid] = found.get(handle.coordinator.uuid, 0) + 1
+        for counts in self._silent.values():
+            for uuid, count in counts.items():
+                found[uuid] = found.get(uuid, 0) + count
+        return found
 
     def _close_frontend(self, frontend: str, why: str) -> None:
         mine = [h for h in self.handles.values() if h.frontend == frontend]
@@ -64,7 +80,8 @@ class Frontends:
 
     def _gone(self, c: Coordinator) -> None:
         c.idle_since = self._core.now()
-        if not any(h.coordinator is c for h in self.handles.values()):
+        silent = any(c.uuid in counts for counts in self._silent.values())
+        if not silent and not any(h.coordinator is c for h in self.handles.values()):
             c.flusher.lost = ""  # whoever opens the image next sees what there is
 
     def answer(self, header: Header, payload: Payload | None, reply: Reply) -> None:
@@ -96,6 +113,7 @@ class Frontends:
             self._close_frontend(old, "was started anew")
             del self.beats[old]
         self.beats[frontend] = self._core.now()
+        self._silent.clear()  # it lives, or another one has its place: there is one per node
         numbers = header.get("handles", [])
         if type(numbers) is not list:
             raise RemoteProtocolError("field handles: a list is wanted")

@@ -39,7 +39,7 @@ class Orders:
 
     async def _release(self, header: Header) -> Header:
         uuid = text(header, "image", 36)
-        handles = sum(1 for h in self._core.frontends.handles.values() if h.coordinator.uuid == uuid)
+        handles = self._core.frontends.opens().get(uuid, 0)
         c = self._core.coordinators.get(uuid)
         clean = c is not None and await c.role.release(
             integer(header, "epoch"), self._core.now() + self._core.config.io_timeout / 2
