@@ -694,7 +694,7 @@ class Scenario:
         await self._until(
             "after the last close there is no writer and no active block",
             lambda: not image.writer and not len(image.active),
-            CONFIG.role_linger + 3,
+            CONFIG.io_timeout + CONFIG.role_linger + 1,  # a node may still wait for a metad that was replaced
         )
         self.check_replicas()
 
