@@ -195,3 +195,23 @@ def test_a_node_that_is_away_costs_no_request_for_blocks_that_are_marked(monkeyp
         await frontend.close()
 
     play(away, active_limit=32)
+
+
+def test_a_resync_that_began_as_the_role_was_lost_begins_again_with_the_next_grant() -> None:
+    """A run ends with the role it began with; another one takes the order up, though it has the same number."""
+
+    async def lose(world: World) -> None:
+        frontend = Frontend(world, NODES[0])
+        await write(frontend, 0)
+        await world.ctl("location.add", name="disk", node=NODES[2])
+        await world.ctl("sync.start", name="disk")
+        core, uuid = world.blockds[NODES[0]].core, image_of(world).uuid
+        await until(lambda: uuid in core.mirror.cluster.jobs)
+        coordinator = core.coordinators[uuid]
+        coordinator.role.lose("for the test")
+        await core._look_after(coordinator, True)
+        await write(frontend, 1)
+        await until(lambda: world.database.committed.jobs[uuid].state == "done")
+        await frontend.close()
+
+    play(lose)

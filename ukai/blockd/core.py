@@ -334,7 +334,10 @@ class Core:
         job = self.mirror.cluster.jobs.get(c.uuid)
         running = job is not None and job.state == "running"
         current = self.resyncs.get(c.uuid)
-        if job is not None and running and (current is None or (current.task.done() and current.number != job.number)):
+        over = current is None or (
+            current.task.done() and (job is None or current.number != job.number or current.over)
+        )
+        if job is not None and running and c.held and over:
             self.resyncs[c.uuid] = Verify(c, job) if job.kind == "verify" else Resync(c, job)
         elif current is not None and current.task.done() and not running:
             del self.resyncs[c.uuid]

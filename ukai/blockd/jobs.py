@@ -68,6 +68,11 @@ class Run(ABC):
         return job if job is not None and job.number == self.number and job.state == "running" else None
 
     @property
+    def over(self) -> bool:
+        """Whether the role that this run began with is over: the next grant has a run of its own."""
+        return not self._c.holds(self._epoch)
+
+    @property
     def _goes_on(self) -> bool:
         """Whether the order stands and this run is the one to carry it out: a new grant has a run of its own."""
         return self.job is not None and self._c.holds(self._epoch)
