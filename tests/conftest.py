@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import Cluster
+from tests.processes.sample import ALL
 
 pytest_plugins = ["tests.plugins.leaks", "tests.plugins.logs", "tests.plugins.fuse_required"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of a campaign are not looked at in ``make test``: skipped they would be failures (see fuse_required)."""
+    if not ALL:
+        left_out = [item for item in items if item.get_closest_marker("campaign") is not None]
+        items[:] = [item for item in items if item not in left_out]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.fuse) for name in ("mfusepy", "fusepy")])

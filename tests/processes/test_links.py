@@ -107,7 +107,7 @@ def test_a_write_held_until_after_the_resync_is_refused(stage: Stage) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("UKAI_TEST_CASES") != "all", reason="takes a minute; make soak-cases")
+@pytest.mark.campaign
 def test_a_write_held_for_a_minute_is_refused(stage: Stage) -> None:
     held = stage.proxy.rule("hold", "w", client=ONE, server=TWO, to_server=True)
     with stage.ledger.start(stage.disk()) as guest:
@@ -158,6 +158,8 @@ def test_a_message_that_is_lost_late_or_twice(stage: Stage, server: str, op: str
     What leads to each kind of message: a guest that writes, a replica that is killed and comes back, a resync.
     """
     what, which = action.split()
+    # a node catches up when an image is opened there of which it is not the writer
+    wait_for(lambda: not stage.cluster.image("disk")["writer"], "the role given back", 20, stage.cluster.tails)
     rule = stage.proxy.rule(
         what, op, client=ONE if server != METAD or op != "register" else TWO, server=server,
         to_server=which == "request", delay_s=1.0,

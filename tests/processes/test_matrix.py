@@ -29,7 +29,6 @@ pytestmark = [
     ),
 ]
 
-EACH = pytest.mark.skipif(os.environ.get("UKAI_TEST_CASES") != "all", reason="runs with make soak-cases")
 BLOCK = 1 << 16
 ONE, TWO = "127.0.0.1", "127.0.0.2"
 DAMAGED = 2
@@ -197,7 +196,7 @@ def grown(path: Path) -> None:
 FILES: list[Any] = [
     (removed, "block file is missing though it was written"),
     (truncated, f"block file has 1000 bytes instead of {BLOCK}"),
-    pytest.param(grown, f"block file has {BLOCK + 512} bytes instead of {BLOCK}", marks=EACH),
+    pytest.param(grown, f"block file has {BLOCK + 512} bytes instead of {BLOCK}", marks=pytest.mark.campaign),
 ]
 
 
@@ -240,7 +239,7 @@ def accepted_as_zeros(case: Case) -> None:
     case.wait_idle(case.names["one"])
 
 
-@EACH
+@pytest.mark.campaign
 def test_a_block_file_full_of_zeros(case: Case) -> None:
     """Nothing but a comparison finds that: the other copy is read, `verify` marks this one."""
     with case.away("blockd", DAMAGED):
@@ -255,7 +254,7 @@ def test_a_block_file_full_of_zeros(case: Case) -> None:
 # --- the directory of a node
 
 
-@EACH
+@pytest.mark.campaign
 def test_the_directory_is_wiped(case: Case) -> None:
     with case.away("blockd", DAMAGED):
         case.cluster.data_root(DAMAGED).rename(case.root / "lost")
@@ -276,7 +275,7 @@ def test_the_directory_is_wiped(case: Case) -> None:
     case.heal("two")
 
 
-@EACH
+@pytest.mark.campaign
 def test_the_directory_of_yesterday(case: Case) -> None:
     """It has last copies, of which some are as they should be and some are not: nobody but a person can tell."""
     today = case.root / "today"
@@ -422,7 +421,7 @@ def test_the_metadata_of_yesterday(case: Case) -> None:
     case.heal("two")
 
 
-@pytest.mark.parametrize("trusted", [1, pytest.param(2, marks=EACH)])
+@pytest.mark.parametrize("trusted", [1, pytest.param(2, marks=pytest.mark.campaign)])
 def test_the_metadata_of_yesterday_is_accepted(case: Case, trusted: int) -> None:
     cluster = case.cluster
     case.cluster.ctl("image", "create", "made-today", "--size", "1M", "--location", TWO)
