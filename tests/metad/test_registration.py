@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.metad.desk import A, B, C, Desk, at_desk
-from ukai.errors import Behind, NotReady, Refused, RemoteProtocolError
+from ukai.errors import Behind, NotReady, Refused, RemoteProtocolError, StaleSession
 from ukai.model import Image
 
 
@@ -245,5 +245,34 @@ def test_nodes_are_down_without_beats_and_listed_with_who_says_so() -> None:
         assert states == {A: "up", B: "down"}
         await desk.beat(B)
         assert (await desk.do("errors"))["nodes"] == []
+
+    at_desk(scene)
+
+
+def test_a_registration_that_comes_late_is_refused() -> None:
+    """It tells of an older serial than the node has stored since: taken, it would pass for an older copy (R8)."""
+
+    async def scene(desk: Desk) -> None:
+        await desk.register(A)
+        await desk.register(A)
+        report: dict[str, Any] = {"node": A, "inc": f"{A}-1", "store_id": f"store-{A}", "boot_id": "boot", "images": []}
+        report |= {"highest_seq": desk.core.cluster.seq, "serial": 1, "n": 1}
+        before = desk.core.cluster.seq
+        with pytest.raises(StaleSession, match="send it anew"):
+            await desk.do("register", **report)
+        assert desk.core.cluster.seq == before
+
+    at_desk(scene)
+
+
+def test_a_request_from_before_the_node_stored_its_serial_confirms_nothing() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.register(A)
+        report: dict[str, Any] = {"node": A, "inc": f"{A}-1", "store_id": f"store-{A}", "boot_id": "boot", "images": []}
+        await desk.do("register", highest_seq=desk.core.cluster.seq, serial=1, **report)
+        await desk.beat(A, serial=1)
+        assert desk.core.cluster.nodes[A].serial == 1
+        await desk.beat(A)
+        assert desk.core.cluster.nodes[A].serial == 2
 
     at_desk(scene)

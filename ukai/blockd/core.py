@@ -45,6 +45,7 @@ OVERTAKEN_TIMES = 10
 
 NUMBERED = frozenset(
     {
+        "register",
         "grant",
         "grant.commit",
         "release",
@@ -172,7 +173,7 @@ class Core:
         """A request of this node.  Raises UkaiError."""
         if not self.registered and op != "register":
             raise NotReady("this node is not registered at metad yet")
-        fields = {"node": self.node, "inc": self.inc, **fields}
+        fields = {"node": self.node, "inc": self.inc, "serial": self.store.serial, **fields}
         if op not in NUMBERED:
             return await self.ports.metad(op, fields, self.config.io_timeout)
         for _ in range(OVERTAKEN_TIMES):
@@ -250,7 +251,7 @@ class Core:
         await self._renew_sums()
         before = self.store.serial, self.store.cluster_id
         self.store.serial, self.store.cluster_id = integer(reply, "serial"), text(reply, "cluster_id")
-        if not self._save_store():  # metad takes this registration for stored with the next request
+        if not self._save_store():  # what it sends carries the serial that is stored
             self.store.serial, self.store.cluster_id = before
             raise NotReady(f"{self.store.root}/.ukai/store.json can't be written")
         for image in self.store.images.values():

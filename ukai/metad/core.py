@@ -219,7 +219,8 @@ class Core:
         session = self.sessions.get(node) if isinstance(node, str) else None
         if session is None or session.inc != inc:
             raise NotReady(f"node {node!r:.64} is not registered with this metad; register first")
-        if session.serial > self.cluster.nodes[session.node].serial:
+        # one that was sent before the node stored its registration may come after it
+        if fields.get("serial") == session.serial > self.cluster.nodes[session.node].serial:
             change: Change = {"t": "node", "address": session.node, "serial": session.serial}
             self.commit([change], "registration confirmed")
         return session

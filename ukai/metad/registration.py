@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ukai import faults, messages
-from ukai.errors import Behind, NotReady, Refused, RemoteProtocolError, UkaiError
+from ukai.errors import Behind, NotReady, Refused, RemoteProtocolError, StaleSession, UkaiError
 from ukai.messages import Header
 from ukai.metad import replicas, roles
 from ukai.metad.core import Core, Session
@@ -231,6 +231,9 @@ def register(core: Core, fields: Header) -> Header:
     report = read(fields)
     faults.point("metad.register")
     cluster, node = core.cluster, report.node
+    number, former = messages.integer(fields, "n", low=1), core.sessions.get(node)
+    if former is not None and former.inc == report.inc and number <= former.number:
+        raise StaleSession(f"registration {number} of node {node} came after request {former.number}; send it anew")
     if reason := refusal(cluster, report):
         core.refused[node] = reason
         core.sessions.pop(node, None)
@@ -241,7 +244,6 @@ def register(core: Core, fields: Header) -> Header:
         core.keep(report)
     core.check_current()
     known = cluster.nodes.get(node)
-    former = core.sessions.get(node)
     same = known is not None and known.inc == report.inc
     rebooted = known is not None and known.boot_id not in ("", report.boot_id)
     distrusted = distrust(known, former.saved_seq if former is not None else 0, report)
@@ -274,7 +276,7 @@ def register(core: Core, fields: Header) -> Header:
         since=core.ports.wall() if former is None or former.inc != report.inc else former.since,
         last_wall=core.ports.wall(),
         saved_seq=(former.saved_seq if former is not None else 0) if same else report.highest_seq,
-        number=former.number if former is not None and former.inc == report.inc else 0,
+        number=number,
     )
     return {"serial": serial + 1, "cluster_id": cluster.cluster_id}
 
