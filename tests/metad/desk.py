@@ -129,7 +129,9 @@ class Desk:
 
     async def beat(self, node: str, inc: str = "", **fields: Any) -> Header:
         session = self.core.sessions[node]
-        return await self.do("beat", **{"node": node, "inc": inc or session.inc, "serial": session.serial, **fields})
+        return await self.do(
+            "beat", **{"node": node, "inc": inc or session.inc, "serial": session.serial, "heard": True, **fields}
+        )
 
     async def coordinate(self, node: str, op: str, image: Image, **fields: Any) -> Header:
         """A request of the writer in its epoch."""

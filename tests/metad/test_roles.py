@@ -548,3 +548,21 @@ def test_a_bad_file_at_the_last_writer_of_a_flush_image_makes_its_handles_stale(
         await desk.own(A, image, opened_epoch=2)
 
     at_desk(scene)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_blockd_that_no_frontend_has_told_of_its_handles_can_not_say_that_there_are_none(heard: bool) -> None:
+    """Its frontend may be frozen, with a machine behind it that lives (R2)."""
+
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B)
+        await desk.own(A, image)
+        await desk.coordinate(A, "release", image)
+        await desk.register(A, inc="another")
+        for node in (A, B):
+            desk.core.sessions[node].since -= 100  # these processes are not young
+        await desk.beat(A, opens={}, heard=heard)
+        await desk.own(B, image)
+        assert (A in desk.core.image(image.uuid).lost) is not heard
+
+    at_desk(scene)

@@ -303,6 +303,7 @@ class Core:
             "saved_seq": self.store.highest_seq,
             "roles": self.roles(),
             "opens": self.frontends.opens(),
+            "heard": self.frontends.heard,
             "down": down,
             "progress": {uuid: r.progress() for uuid, r in self.resyncs.items()},
             "space": list(self.store.disk.space(self.store.root)),

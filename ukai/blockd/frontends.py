@@ -37,6 +37,8 @@ class Frontends:
         """frontend → when it last said that it lives."""
         self._silent: dict[str, dict[str, int]] = {}
         """frontend → image → handles closed because it is silent: it may live, and its machines with it (R2)."""
+        self.heard = False
+        """Whether this process has heard of a frontend: until then it can't tell what is open."""
         self.closed: set[str] = set()
         """Images that metad is about to take offline."""
         self._ops: dict[str, Callable[[Header, Payload | None, Reply], None]] = {
@@ -90,6 +92,7 @@ class Frontends:
             op = header.get("op")
             if op == "hello":
                 self.beats[text(header, "frontend")] = self._core.now()
+                self.heard = True
                 reply(
                     {"inc": self._core.inc, "node": self._core.node, "io_timeout": self._core.config.io_timeout}, None
                 )
@@ -113,6 +116,7 @@ class Frontends:
             self._close_frontend(old, "was started anew")
             del self.beats[old]
         self.beats[frontend] = self._core.now()
+        self.heard = True
         self._silent.clear()  # it lives, or another one has its place: there is one per node
         numbers = header.get("handles", [])
         if type(numbers) is not list:

@@ -39,7 +39,8 @@ class Orders:
 
     async def _release(self, header: Header) -> Header:
         uuid = text(header, "image", 36)
-        handles = self._core.frontends.opens().get(uuid, 0)
+        frontends = self._core.frontends
+        handles = frontends.opens().get(uuid, 0 if frontends.heard else 1)
         c = self._core.coordinators.get(uuid)
         clean = c is not None and await c.role.release(
             integer(header, "epoch"), self._core.now() + self._core.config.io_timeout / 2

@@ -88,6 +88,8 @@ class Session:
     """Of the last request that altered something: a late or repeated one is refused."""
     roles: dict[str, int] = field(default_factory=dict)
     opens: dict[str, int] = field(default_factory=dict)
+    heard: bool = False
+    """Whether a frontend has told this process what is open."""
     down: list[tuple[str, float, str]] = field(default_factory=list)
     progress: dict[str, dict[str, Any]] = field(default_factory=dict)
     space: tuple[int, int] = (0, 0)

@@ -291,6 +291,7 @@ def beat(core: Core, fields: Header) -> Header:
     came_back = not core.up(node)
     roles = _counts(fields, "roles")
     session.opens = _counts(fields, "opens")
+    session.heard = messages.flag(fields, "heard")
     session.saved_seq = max(session.saved_seq, messages.integer(fields, "saved_seq", default=0))
     session.down = _down(fields)
     session.progress = _progress(core, fields)

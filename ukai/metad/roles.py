@@ -115,8 +115,8 @@ def lose_former(core: Core, image: Image, node: str, epoch: int) -> None:
     """
     session = core.sessions.get(image.former)
     lost = dict(image.lost)
-    # a process that has just begun may not have heard of its handles yet
-    fresh = session is None or core.ports.wall() - session.since < core.config.io_timeout
+    # a process that has just begun may not have heard of its handles yet, nor one whose frontend is frozen
+    fresh = session is None or not session.heard or core.ports.wall() - session.since < core.config.io_timeout
     if session is None or fresh or not core.up(image.former) or session.opens.get(image.uuid, 0) > 0:
         lost[image.former] = epoch
     change: Change = {"t": "image", "uuid": image.uuid, "lost": lost, "former": ""}
