@@ -269,9 +269,18 @@ def test_a_resync_is_compare_and_set() -> None:
         assert desk.statuses(image, B) == [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
         assert image.replica(B, 0).generation == generation  # type: ignore[union-attr]
         await desk.coordinate(A, "mark", image, marks=[[B, 1, 1, "gone again"]])
-        reply = await desk.coordinate(A, "sync.finish", image, target=B, ranges=[[0, 1]])
+        reply = await desk.coordinate(A, "sync.finish", image, target=B, done=[[0, 1, generation]])
         assert reply == {"failed": [[1, 1]]}
         assert desk.statuses(image, B)[:2] == [0, 2]
+        # one that becomes active meanwhile is not in-sync with what the target has
+        await desk.coordinate(A, "sync.begin", image, target=B, ranges=[[1, 1]])
+        again = (await desk.coordinate(A, "activate", image, ranges=[[1, 1]]))["generation"]
+        assert await desk.coordinate(A, "sync.finish", image, target=B, done=[[1, 1, generation]]) == {
+            "failed": [[1, 1]]
+        }
+        assert desk.statuses(image, B)[1] == 1
+        assert await desk.coordinate(A, "sync.finish", image, target=B, done=[[1, 1, again]]) == {"failed": []}
+        assert desk.statuses(image, B)[1] == 0
 
     at_desk(scene)
 

@@ -164,7 +164,8 @@ def control_requests() -> Iterator[dict[str, Any]]:
         {"op": "grant.commit", **node, **gone, "fenced": [STRANGER]},
         *({"op": op, **node, **gone, "ranges": [[0, 1]]} for op in ("release", "activate", "retire")),
         {"op": "mark", **node, **gone, "marks": [[STRANGER, 0, 1, "because"]]},
-        *({"op": op, **node, **gone, "target": STRANGER, "ranges": [[0, 1]]} for op in ("sync.begin", "sync.finish")),
+        {"op": "sync.begin", **node, **gone, "target": STRANGER, "ranges": [[0, 1]]},
+        {"op": "sync.finish", **node, **gone, "target": STRANGER, "done": [[0, 1, 5]]},
         {"op": "job.end", **node, **gone, "number": 1, "state": "done", "reason": ""},
     ]  # fmt: skip
     for order in orders:

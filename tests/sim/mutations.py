@@ -446,14 +446,14 @@ def _copy_without_lock() -> list[Patch]:
 
 
 def _finish_without_compare() -> list[Patch]:
-    def synced(image: Any, target: str, ranges: Any) -> Any:
+    def synced(image: Any, target: str, done: Any) -> Any:
         rows = []
-        for first, last in ranges:
+        for first, last, _ in done:
             for a, b, r in image.locations[target].within(first, last):
                 rows.append([a, b, IN_SYNC, r.generation, ""])
         return rows, []
 
-    async def block(self: resync.Resync, target: str, number: int) -> bool:
+    async def block(self: resync.Resync, target: str, number: int) -> int:
         try:
             await real(self, target, number)
         except UkaiError:
@@ -462,7 +462,7 @@ def _finish_without_compare() -> list[Patch]:
             if r.status != SYNCING:
                 break  # it was marked: with compare-and-set its end is then no news
             await asyncio.sleep(0.05)
-        return True
+        return 1
 
     real = resync.Resync._block
     return [(replicas, "synced", synced), (resync.Resync, "_block", block)]

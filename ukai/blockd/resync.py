@@ -21,8 +21,9 @@ from ukai.blockd.files import HASH_BYTES, HOLE, zeros
 from ukai.blockd.jobs import BLOCKS_AT_ONCE, GROUP_BLOCKS, GROUP_BYTES, HASH_SPAN_BYTES, Run
 from ukai.blockd.peer import Payload
 from ukai.errors import DiskError, NotCoordinator, NotReady, StaleEpoch, UkaiError, Unreachable
+from ukai.messages import ranges
 from ukai.model import IN_SYNC, OUT_OF_SYNC, SYNCING, Job
-from ukai.ranges import join
+from ukai.ranges import RangeMap, RangeSet, join
 
 if TYPE_CHECKING:
     from ukai.blockd.coordinator import Coordinator
@@ -144,15 +145,16 @@ class Resync(Run):
                 self._begun.add((target, block))  # its first write came in between: left to the next pass
             else:
                 self._count(block, hole=c.image.block_bytes(block))
-        done: list[int] = []
+        done: dict[int, int] = {}
         limit = asyncio.Semaphore(BLOCKS_AT_ONCE)
         finished_at = c.now()
 
         async def one(block: int) -> None:
             nonlocal finished_at
             async with limit:
-                if self._goes_on and await self._block(target, block):
-                    done.append(block)
+                generation = await self._block(target, block) if self._goes_on else 0
+                if generation:
+                    done[block] = generation
                     if c.now() - finished_at >= FINISH_S:
                         finished_at = c.now()
                         await self._finish(target, done)
@@ -164,16 +166,22 @@ class Resync(Run):
         for error in errors:
             raise error
 
-    async def _finish(self, target: str, done: list[int]) -> None:
-        """Whole blocks become in-sync where they are still syncing; ``done`` is emptied.  Raises UkaiError."""
+    async def _finish(self, target: str, done: dict[int, int]) -> None:
+        """Whole blocks become in-sync where they are still syncing, and of the generation that the target has.
+
+        ``done``, block → generation, is emptied.  What became active meanwhile is left to the next pass, which finds it
+        equal.  Raises UkaiError.
+        """
         if done:
-            blocks = sorted(done)
+            found = RangeMap((b, b, generation) for b, generation in sorted(done.items()))
+            blocks = list(done)
             done.clear()
-            fields = {"target": target, "ranges": [list(r) for r in join(blocks)]}
+            fields = {"target": target, "done": [list(r) for r in found]}
             await faults.pause("sync.finish")
-            await self._ask_metad("sync.finish", fields)
+            reply = await self._ask_metad("sync.finish", fields)
             await faults.pause("sync.finished")
-            self._begun.difference_update((target, b) for b in blocks)
+            failed = RangeSet(ranges(reply, "failed"))
+            self._begun.difference_update((target, b) for b in blocks if b not in failed)
 
     def _count(self, block: int, *, hole: int = 0) -> None:
         self.blocks_done += 1
@@ -190,12 +198,12 @@ class Resync(Run):
             fields = {"i": c.uuid, "e": c.epoch, "ranges": [list(r) for r in join(blocks)], "empty": empty}
             await c.core.peer(target).ask("k", fields, numbered=True)
 
-    async def _block(self, target: str, block: int) -> bool:
-        """Compare and copy one block; whether it is whole now.  Raises UkaiError."""
+    async def _block(self, target: str, block: int) -> int:
+        """Compare and copy one block; its generation if it is whole now, else 0.  Raises UkaiError."""
         c = self._c
         replica = c.image.replica(target, block)
         if replica is None or replica.status != SYNCING:
-            return False
+            return 0
         length = c.image.block_bytes(block)
         hashes = await self._hashes(target, block, 0)
         for at in range(0, length, HASH_SPAN_BYTES):
@@ -205,7 +213,7 @@ class Resync(Run):
             )
             replica = c.image.replica(target, block)
             if not self._goes_on or replica is None or replica.status != SYNCING:
-                return False
+                return 0
         generation = replica.generation
         await faults.pause("sync.complete")
         if target == c.own:
@@ -214,7 +222,7 @@ class Resync(Run):
             fields = {"i": c.uuid, "e": c.epoch, "b": block, "g": generation}
             await c.core.peer(target).ask("d", fields, numbered=True)
         self._count(block)
-        return True
+        return generation
 
     async def _hashes(self, target: str, block: int, offset: int) -> tuple[bytes, bytes]:
         """Hashes of a span's chunks at the target and at the source; none behind the end of the block."""

@@ -130,17 +130,21 @@ def syncing(image: Image, target: str, ranges: Iterable[tuple[int, int]]) -> tup
     return rows, begun, instant
 
 
-def synced(image: Image, target: str, ranges: Iterable[tuple[int, int]]) -> tuple[Rows, list[list[int]]]:
-    """End a resync by compare-and-set: (what changes, ranges that were no longer syncing) (R11)."""
+def synced(image: Image, target: str, done: Iterable[tuple[int, int, int]]) -> tuple[Rows, list[list[int]]]:
+    """End a resync by compare-and-set: (what changes, ranges that were no longer syncing) (R11).
+
+    ``done`` says of which generation the blocks are at the target: one that became active meanwhile has a higher one.
+    """
     rows: Rows = []
     failed: list[list[int]] = []
     where = image.locations.get(target)
-    for first, last in ranges:
+    for first, last, generation in done:
         good = RangeSet()
         for a, b, replica in where.within(first, last) if where is not None else ():
-            if replica.status == SYNCING:
+            if replica.status == SYNCING and replica.generation == generation:
                 rows.append([a, b, IN_SYNC, replica.generation, ""])
-            if replica.status != OUT_OF_SYNC:
+                good.add(a, b)
+            elif replica.status == IN_SYNC:
                 good.add(a, b)
         failed.extend([a, b] for a, b in good.gaps(first, last))
     return rows, failed
