@@ -34,6 +34,7 @@ def markdown(results: Results) -> str:
     about = results.about
     machine = f"{about.get('cores', '?')} cores, {about.get('memory_gb', '?')} GB, Linux {about.get('kernel', '?')}"
     parts = [
+        "![Ratios](figures.svg)",
         f"Measured {about.get('date', '')}: {machine}, Python {about.get('python', '?')}, {about.get('fio', '')}; "
         f"load before it {about.get('load', 0):.1f}. Medians.",
         _rows(results),
