@@ -6,6 +6,8 @@ import asyncio
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
+
 from ukai.blockd.activity import Activity
 from ukai.blockd.coordinator import Coordinator
 from ukai.errors import UkaiError
@@ -40,5 +42,28 @@ def test_a_stamped_block_is_unflushed_where_it_was_stamped() -> None:
         assert await activity._stamp([4, 7]) == {}
         assert sorted(dirty) == [(4, (A,)), (4, (B,)), (7, (A,))]
         assert marks == [(7, B, "no")]
+
+    asyncio.run(run())
+
+
+@pytest.mark.expect_log("defect while announcing")
+def test_a_defect_in_one_announcement_does_not_hold_up_the_next() -> None:
+    async def run() -> None:
+        activity = Activity(cast(Coordinator, SimpleNamespace()), 128, 1.0, 10.0)
+        begun: list[list[int]] = []
+
+        async def warm_up(blocks: list[int]) -> dict[int, UkaiError]:
+            begun.append(blocks)
+            if len(begun) == 1:
+                raise KeyError(blocks[0])
+            activity.warm.update(blocks)
+            return {}
+
+        activity._warm_up = warm_up  # type: ignore[method-assign]
+        async with asyncio.timeout(5):
+            with pytest.raises(UkaiError, match="defect: KeyError"):
+                await activity.make_warm([4])
+            await activity.make_warm([4])
+        assert begun == [[4], [4]]
 
     asyncio.run(run())

@@ -59,15 +59,20 @@ def test_two_who_want_it_given_up_and_one_who_waits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("clean", "epoch", "told"),
+    ("clean", "held", "wanted", "epoch", "told"),
     [
-        (True, EPOCH, [{"image": "u", "epoch": EPOCH, "left": [[2, 2]]}]),
-        (False, EPOCH, [{"image": "u", "epoch": EPOCH, "left": [[0, 3]]}]),  # all of it stays active (R5)
-        (False, EPOCH + 1, []),
+        (True, False, False, EPOCH, [{"image": "u", "epoch": EPOCH, "left": [[2, 2]]}]),
+        (False, False, False, EPOCH, [{"image": "u", "epoch": EPOCH, "left": [[0, 3]]}]),  # all stays active (R5)
+        (False, False, False, EPOCH + 1, [{"image": "u", "epoch": EPOCH + 1, "left": [[0, 3]]}]),  # granted, not told
+        (False, False, True, EPOCH + 1, []),  # the answer is on its way
+        (False, True, False, EPOCH, []),
+        (False, False, False, EPOCH - 1, []),
     ],
 )
-def test_a_role_that_was_given_up_is_handed_back(clean: bool, epoch: int, told: list[dict[str, object]]) -> None:
-    """metad names this node, which holds the role no more: else whoever only reads would ask it for ever."""
+def test_a_role_that_was_given_up_is_handed_back(
+    clean: bool, held: bool, wanted: bool, epoch: int, told: list[dict[str, object]]
+) -> None:
+    """metad names this node, which does not hold the role: else whoever only reads would ask it for ever."""
     heard = []
 
     async def release(epoch: int, deadline: float) -> bool:
@@ -77,8 +82,8 @@ def test_a_role_that_was_given_up_is_handed_back(clean: bool, epoch: int, told: 
         assert op == "release"
         heard.append(fields)
 
-    role = SimpleNamespace(release=release, left=[[2, 2]])
-    c = SimpleNamespace(uuid="u", epoch=EPOCH, role=role, image=SimpleNamespace(block_count=4))
+    role = SimpleNamespace(release=release, left=[[2, 2]], wanted=wanted)
+    c = SimpleNamespace(uuid="u", epoch=EPOCH, held=held, role=role, image=SimpleNamespace(block_count=4))
     core = SimpleNamespace(now=lambda: 0.0, config=SimpleNamespace(io_timeout=1.0), metad=metad)
     asyncio.run(Core._hand_back(cast(Core, core), cast(Coordinator, c), epoch))
     assert heard == told

@@ -14,7 +14,8 @@ from tests.sim.loop import VirtualLoop
 from tests.sim.scenario import BLOCK_BYTES, BLOCKS, bury
 from tests.sim.world import CONFIG, NODES, Frontend, World
 from ukai.blockd.coordinator import Coordinator
-from ukai.errors import UkaiError, Unreachable
+from ukai.blockd.core import Core
+from ukai.errors import Timeout, UkaiError, Unreachable
 from ukai.messages import Header
 from ukai.model import IN_SYNC, Image
 
@@ -215,3 +216,36 @@ def test_a_resync_that_began_as_the_role_was_lost_begins_again_with_the_next_gra
         await frontend.close()
 
     play(lose)
+
+
+@pytest.mark.expect_log("frontend is silent")
+def test_a_role_whose_grant_was_never_answered_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """metad names a node that does not know it: nobody would copy for this image until somebody writes again (R11)."""
+    real = Core.metad
+    lost: list[Header] = []
+
+    async def metad(self: Core, op: str, fields: Header) -> Any:
+        reply = await real(self, op, fields)
+        if op == "grant.commit" and self.node == NODES[0]:
+            lost.append(fields)
+            await asyncio.sleep(CONFIG.io_timeout)
+            raise Timeout("no answer")
+        return reply
+
+    async def silence(world: World) -> None:
+        frontend = Frontend(world, NODES[0])
+        await write(frontend, 0)
+        await frontend.close()
+        await until(lambda: not image_of(world).writer)
+        frontend = Frontend(world, NODES[0])
+        monkeypatch.setattr(Core, "metad", metad)
+        with pytest.raises(UkaiError):
+            await write(frontend, 0)
+        monkeypatch.setattr(Core, "metad", real)
+        assert len(lost) == 1
+        await world.ctl("location.add", name="disk", node=NODES[2])
+        await world.ctl("sync.start", name="disk")
+        await until(lambda: world.database.committed.jobs[image_of(world).uuid].state == "done")
+        await frontend.close()
+
+    play(silence)

@@ -10,6 +10,7 @@ the idle ones first.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 from ukai import faults
@@ -20,6 +21,8 @@ from ukai.ranges import RangeSet, join
 
 if TYPE_CHECKING:
     from ukai.blockd.coordinator import Coordinator
+
+log = logging.getLogger(__name__)
 
 
 class Activity:
@@ -89,6 +92,9 @@ class Activity:
                     errors = await self._warm_up([b for b in batch if b not in self.warm])
             except UkaiError as e:
                 errors = dict.fromkeys(batch, e)
+            except Exception as e:  # a task that ends here would hold up all further blocks for good
+                log.exception("defect while announcing")
+                errors = dict.fromkeys(batch, UkaiError(f"defect: {type(e).__name__}"))
             for block, future in batch.items():
                 del self._wanted[block]
                 if future.done():

@@ -362,10 +362,11 @@ class Core:
     async def _hand_back(self, c: Coordinator, epoch: int) -> None:
         """Tell metad again of a role that was given up while metad was away, or without a flush.
 
-        What was not flushed stays active, and is compared at the next grant as after a crash (R5).
+        Or of one that was granted, and this node was never told.  What was not flushed stays active, and is compared
+        at the next grant as after a crash (R5).
         """
         try:
-            if epoch != c.epoch:
+            if c.held or c.role.wanted or epoch < c.epoch:
                 return
             clean = await c.role.release(epoch, self.now() + self.config.io_timeout)
             left = c.role.left if clean else [[0, c.image.block_count - 1]]

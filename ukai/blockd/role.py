@@ -36,6 +36,11 @@ class Role:
         """Blocks that stay active after it, where they are: their last copy is an older one, or this node was never
         told that they are active; nothing was written to them."""
 
+    @property
+    def wanted(self) -> bool:
+        """Whether metad is being asked for it."""
+        return self._lock.locked()
+
     async def acquire(self, opened_epoch: int, purpose: str, deadline: float) -> None:
         """Hold the writer role (R1–R3).  Raises StaleHandle, Timeout, or what forbids it."""
         c = self._c
