@@ -11,9 +11,44 @@ import zmq
 from tests.machine import PortRange
 from ukai import messages
 from ukai.errors import Timeout
-from ukai.wire import Frames, Requester, bound
+from ukai.wire import LARGE_BYTES, Frames, Port, Requester, bound, connected
 
 TIMEOUT_S = 20.0
+
+
+def test_a_large_frame_is_passed_on_as_it_came() -> None:
+    """Without a copy where one would cost, and the same bytes in either case."""
+    ports = PortRange(["127.0.0.1"], 1)
+    endpoint = f"tcp://127.0.0.1:{ports.first}"
+    sizes = [0, 1, LARGE_BYTES - 1, LARGE_BYTES, 4 * LARGE_BYTES + 1]
+
+    async def run(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        back: asyncio.Queue[Frames] = asyncio.Queue()
+        holder: list[Port] = []
+
+        def echo(frames: Frames) -> None:
+            assert isinstance(frames[1], memoryview) == (len(frames[1]) >= LARGE_BYTES)
+            assert holder[0].send(frames)
+
+        holder.append(bound(context, endpoint, 1 << 20, echo))
+        port = connected(context, endpoint, back.put_nowait)
+        try:
+            while not port.send([b"first"]):  # noqa: ASYNC110 a DEALER does not tell when it is connected
+                await asyncio.sleep(0.01)
+            assert await asyncio.wait_for(back.get(), TIMEOUT_S) == [b"first"]
+            for number, size in enumerate(sizes):
+                data = bytes([number + 1]) * size
+                for sent in (data, bytearray(data), memoryview(data), memoryview(data + b"rest")[:size]):
+                    assert port.send([sent])
+                    frames = await asyncio.wait_for(back.get(), TIMEOUT_S)
+                    assert [bytes(f) for f in frames] == [data]
+        finally:
+            port.close()
+            holder[0].close()
+
+    with zmq.Context() as context:
+        asyncio.run(run(context))
+    ports.close()
 
 
 def test_a_request_ends_with_its_connection() -> None:

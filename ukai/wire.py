@@ -17,10 +17,15 @@ from ukai import messages
 from ukai.errors import LocalProtocolError, RemoteProtocolError, Timeout, Unreachable
 from ukai.messages import Header
 
-Frames = list[bytes]
+Frames = list[bytes | memoryview]
+"""A frame of LARGE_BYTES or more is a view of ZeroMQ's own memory: nothing is copied, and it is sent on as it is."""
+
+LARGE_BYTES = 64 * 2**10
+"""From here on copying costs more than counting who uses the memory; pyzmq copies smaller ones anyway."""
 DRAIN_LIMIT = 64
 SEND_QUEUE_MESSAGES = 10_000
 CUT_S = 0.1
+_DONTWAIT = int(zmq.DONTWAIT)
 
 
 class Port:
@@ -43,7 +48,7 @@ class Port:
             return
         for _ in range(DRAIN_LIMIT):
             try:
-                frames = self.socket.recv_multipart(zmq.DONTWAIT)
+                frames = self._receive()
             except zmq.Again:
                 break
             self.on_message(frames)
@@ -54,10 +59,28 @@ class Port:
         if self.on_idle is not None:
             self.on_idle()
 
-    def send(self, frames: Sequence[bytes | memoryview]) -> bool:
-        """Send without waiting; false when the peer can't be reached or its queue is full."""
+    def _receive(self) -> Frames:
+        """One message.  Raises zmq.Again when there is none."""
+        frames: Frames = []
+        more = True
+        while more:
+            frame = self.socket.recv(_DONTWAIT, copy=False)
+            frames.append(frame.bytes if len(frame) < LARGE_BYTES else frame.buffer)
+            more = frame.more
+        return frames
+
+    def send(self, frames: Sequence[bytes | bytearray | memoryview]) -> bool:
+        """Send without waiting; false when the peer can't be reached or its queue is full.
+
+        A last frame of LARGE_BYTES or more is not copied: it must stay as it is until it is on its way.
+        """
+        last = frames[-1]
+        large = len(last) >= LARGE_BYTES
         try:
-            self.socket.send_multipart(frames, zmq.DONTWAIT)
+            if large:
+                self.socket.send_multipart([*frames[:-1], _owned(last)], _DONTWAIT, copy=False)
+            else:
+                self.socket.send_multipart(frames, _DONTWAIT)
         except zmq.ZMQError as e:
             if e.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 return False
@@ -79,6 +102,13 @@ class Port:
             if self._again is not None:
                 self._again.cancel()
             self.socket.close(linger_ms)
+
+
+def _owned(data: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview | zmq.Frame:
+    """What was received is sent on as ZeroMQ's own: no thread of pyzmq has to hear when it is gone."""
+    if type(data) is memoryview and isinstance(data.obj, zmq.Frame) and len(data.obj) == len(data):
+        return data.obj
+    return data
 
 
 def bound(context: zmq.Context[Any], endpoint: str, limit: int, on_message: Callable[[Frames], None]) -> Port:

@@ -26,6 +26,11 @@ def zeros(length: int) -> bytes:
     return _ZEROS[:length] if length <= len(_ZEROS) else bytes(length)
 
 
+def is_zeros(data: Bytes) -> bool:
+    """Compares memory, for views too, whose == goes byte by byte."""
+    return _ZEROS.startswith(data) if len(data) <= len(_ZEROS) else bytearray(len(data)) == data
+
+
 def disk_error(e: OSError, what: str, touched: bool = False) -> DiskError | NoSpace:
     """The error of ours for an OSError; ``touched`` says whether the file may have been altered."""
     text = f"{what}: {os.strerror(e.errno or errno.EIO)}"

@@ -21,6 +21,7 @@ from ukai.blockd.files import (
     Bytes,
     check_uuid,
     disk_error,
+    is_zeros,
     keep_record,
     make_file,
     read_all,
@@ -577,7 +578,7 @@ class ImageStore:
                     data = self._pread(fd, block, size, at)
                 else:
                     data = self._checked_beside(fd, block, at, size)
-                out.append(HOLE if data == zeros(size) else xxhash.xxh3_128_digest(data))
+                out.append(HOLE if is_zeros(data) else xxhash.xxh3_128_digest(data))
         except OSError as e:
             raise disk_error(e, f"read of {self.path(block)}") from e
         finally:

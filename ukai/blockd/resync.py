@@ -17,7 +17,7 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, TypeVar
 
 from ukai import faults
-from ukai.blockd.files import HASH_BYTES, HOLE, zeros
+from ukai.blockd.files import HASH_BYTES, HOLE, is_zeros
 from ukai.blockd.jobs import BLOCKS_AT_ONCE, GROUP_BLOCKS, GROUP_BYTES, HASH_SPAN_BYTES, Run
 from ukai.blockd.peer import Payload
 from ukai.errors import DiskError, NotCoordinator, NotReady, StaleEpoch, UkaiError, Unreachable
@@ -302,7 +302,7 @@ class Resync(Run):
         if replica is None or replica.status != SYNCING:
             future.set_exception(Unreachable(f"block {block} at node {target} is no longer syncing"))
             return future
-        hole = data == zeros(len(data))
+        hole = is_zeros(data)
         if target == c.own:
             store = c.core.store.image(c.uuid)
             try:

@@ -63,7 +63,7 @@ class PeerTransport:
 
     def send(self, header: Header, payload: Payload | None) -> bool:
         packed = messages.pack(header)
-        return self._port.send([packed] if payload is None else [packed, payload])  # type: ignore[list-item]
+        return self._port.send([packed] if payload is None else [packed, payload])
 
     def close(self) -> None:
         self._port.close()
@@ -187,7 +187,7 @@ class BlockServer:
                 self._telemetry.metrics.count("ukai_protocol_errors_total")
             fields["re"] = number
             packed = messages.pack(fields)
-            holder[0].send([identity, packed] if payload is None else [identity, packed, payload])  # type: ignore[list-item]
+            holder[0].send([identity, packed] if payload is None else [identity, packed, payload])
 
         handle(header, frames[2] if len(frames) == 3 else None, reply)
 
