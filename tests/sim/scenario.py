@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import json
 import random
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,6 +45,7 @@ class Scenario:
 
     def __init__(self, seed: int, seconds: float = 12.0, forced: dict[str, Any] | None = None) -> None:
         self.world = World(seed)
+        self.world.on_return = self._lost
         chance = self.world.chance
         apart = random.Random(f"{seed} rare")
         self.parameters: dict[str, Any] = {
@@ -70,7 +72,8 @@ class Scenario:
         self.registers = [Register() for _ in range(BLOCKS * BLOCK_BYTES // SECTOR)]
         self.guest: Guest | None = None
         self.tasks: list[asyncio.Task[Any]] = []
-        self.powerless: set[str] = set()
+        self.shaken: list[Register] = []
+        """What was lost under a living guest, until it is started anew."""
         self.written: set[int] = set()
         self.copies: list[tuple[float, dict[str, Copy]]] = []
         """Moment, and each disk as it was then."""
@@ -145,11 +148,14 @@ class Scenario:
             self.guest.tasks.append(self._task(self.guest.thread()))
 
     async def _replace_stale(self) -> None:
-        """A guest that was told that its disk is another's now is started anew."""
+        """A guest that was told that its disk is another's now, or has lost something, is started anew."""
         guest, early = self.guest, self.parameters["replication"] == "flush"
-        if guest is not None and (guest.stale() or (early and guest.frontend.stale)):
-            self.world.note("the guest's handles are stale")
+        if guest is not None and (self.shaken or guest.stale() or (early and guest.frontend.stale)):
+            self.world.note("what the guest has written is lost" if self.shaken else "the guest's handles are stale")
             await self._end_guest(flush=False)
+            for register in self.shaken:
+                register.shaky = False
+            self.shaken.clear()
             self._boot_guest(self.world.chance.choice(NODES))
 
     async def _end_guest(self, flush: bool) -> None:
@@ -271,19 +277,8 @@ class Scenario:
         world.kill_blockd(node, power=True)
         if world.early is not None:
             world.early.power_cut(node)
-        lost = self._lost_with(node)
         if with_guest:
             await self._quiet()
-        elif lost and self.guest is not None:
-            # a living guest whose last copy lost power hears of it at its next fsync: it is started anew then
-            for register in lost:
-                register.shaky = True
-            asyncio.get_running_loop().call_later(world.chance.uniform(0.05, 2), self._start_blockd, node)
-            await self._end_guest(flush=False)
-            for register in lost:
-                register.shaky = False
-            self._boot_guest(world.chance.choice(NODES))
-            return
         await asyncio.sleep(world.chance.uniform(0.05, self.parameters["power_s"]))
         self._start_blockd(node)
         if self.guest is None:
@@ -295,19 +290,20 @@ class Scenario:
         for register in self.registers[at : at + BLOCK_BYTES // SECTOR]:
             register.may_be_lost()
 
-    def _lost_with(self, node: str) -> list[Register]:
-        """The sectors of which all that only lay in page caches may be gone: no storage can keep that."""
-        self.powerless.add(node)
-        image = next(iter(self.world.database.committed.images.values()), None)
-        found: list[Register] = []
-        for block in range(BLOCKS) if image is not None else ():
-            good = {n for n, r in image.replicas(block).items() if r.status == IN_SYNC}  # type: ignore[union-attr]
-            if good <= self.powerless:
+    def _lost(self, image: Image) -> None:
+        """All that only lay in page caches may be gone where the last copies lost power: no storage can keep that.
+
+        A living guest hears of it at its next fsync, and is started anew.
+        """
+        for block in range(image.block_count):
+            good = {n for n, r in image.replicas(block).items() if r.status == IN_SYNC}
+            if good <= self.world.powerless:
                 at = block * BLOCK_BYTES // SECTOR
-                found += self.registers[at : at + BLOCK_BYTES // SECTOR]
-        for register in found:
-            register.may_be_lost()
-        return found
+                for register in self.registers[at : at + BLOCK_BYTES // SECTOR]:
+                    register.may_be_lost()
+                    if self.guest is not None:
+                        register.shaky = True
+                        self.shaken.append(register)
 
     async def _quiet(self) -> None:
         """Wait until no guest has a request under way."""
@@ -424,7 +420,9 @@ class Scenario:
         disk = world.disks[node]
         old = [copies[node] for at, copies in self.copies if world_time() - at > OLD_COPY_S and node in copies]
         image = next(iter(world.database.committed.images.values()))
-        old = [files for files in old if f"/data/{image.name}/.ukai.json" in files[0]]
+        old = [
+            files for files in old if f"/data/{image.name}/.ukai.json" in files[0] and self._older(node, image, files)
+        ]
         paths = [_path(image.name, b) for b in range(BLOCKS) if _path(image.name, b) in disk.names_now]
         if not world.registered(node) or not self._elsewhere(node) or not (old if kind == "old directory" else paths):
             self.faults[kind] -= 1
@@ -449,6 +447,21 @@ class Scenario:
             await asyncio.sleep(0.02)
         if gone := before - set(disk.names_now):
             world.violation(f"{sorted(gone)} of {node} was deleted")
+
+    def _older(self, node: str, image: Image, files: Copy) -> bool:
+        """Whether a copy can be told from the present directory, even by a metad that was started anew (R8)."""
+        store = json.loads(files[0]["/data/.ukai/store.json"])
+        if store["serial"] < self.world.database.committed.nodes[node].serial:
+            return True
+        data = files[0][f"/data/{image.name}/.ukai.gen"]
+        for block in range(BLOCKS):
+            replica = image.replica(node, block)
+            if replica is not None and replica.status == IN_SYNC:
+                have = int.from_bytes(data[8 * block : 8 * block + 8], "little")
+                held = files[0].get(_path(image.name, block), b"")
+                if have >= image.required(node, block) and held != _block(self.world.disks[node], image.name, block):
+                    return False
+        return True
 
     async def _swap(self, a: str, b: str) -> None:
         """Two machines come up with each other's disk: neither may take part until that is put right (R8)."""

@@ -30,7 +30,7 @@ from ukai.metad import ops
 from ukai.metad.acceptance import SKIP_CHANGES
 from ukai.metad.core import Core as MetaCore
 from ukai.mirror import Mirror
-from ukai.model import IN_SYNC, Cluster, written
+from ukai.model import IN_SYNC, Cluster, Image, written
 from ukai.telemetry import Metrics
 
 METAD = "metad"
@@ -456,6 +456,8 @@ class World:
         self.trace: list[str] = []
         self.violations: list[str] = []
         self.on_violation: Callable[[], None] = lambda: None
+        self.on_return: Callable[[Image], None] = lambda _: None
+        """Called once a node that lost power has registered, before anything else can be asked of it."""
         self.powerless: set[str] = set()
         """Nodes that lost power and whose blockd has not registered since."""
         self.tampered: set[str] = set()
@@ -622,8 +624,6 @@ class World:
 
     def steady(self, node: str) -> bool:
         """Whether the files of a node are what its blockd made them, so far as the cluster can know."""
-        if self.registered(node):
-            self.powerless.discard(node)
         return not self.altered(node) and node not in self.powerless
 
     def check_commit(self, database: Database, batch: list[tuple[int, float, str, Any]]) -> None:
@@ -643,6 +643,11 @@ class World:
             self.violation(f"a metad with an older database committed change {batch[-1][0]}: {batch[-1][2]}")
         if self.early is not None:
             self.early.committed(batch)
+        for node in sorted(self.powerless):
+            if any(cause == f"register {node}" for _, _, cause, _ in batch):
+                for image in database.committed.images.values():
+                    self.on_return(image)
+                self.powerless.discard(node)
         for _, _, _, change in batch:
             if change["t"] == "replicas" and change["node"] not in database.committed.images[change["uuid"]].locations:
                 self.epochs.pop((change["node"], change["uuid"]), None)  # an administrator took the image away there
