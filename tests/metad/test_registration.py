@@ -265,6 +265,21 @@ def test_a_registration_that_comes_late_is_refused() -> None:
     at_desk(scene)
 
 
+def test_a_process_that_has_not_seen_the_registration_of_another_comes_late_or_catches_up_first() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.register(A)
+        report: dict[str, Any] = {"node": A, "inc": "another", "store_id": f"store-{A}", "boot_id": "boot"}
+        report |= {"highest_seq": desk.core.cluster.seq, "serial": 1, "n": 1, "images": []}
+        began = desk.core.sessions[A].began_seq
+        with pytest.raises(StaleSession, match="has to catch up first"):
+            await desk.do("register", since=began - 1, **report)
+        assert desk.core.sessions[A].inc == f"{A}-1"
+        await desk.do("register", since=began, **report)
+        assert desk.core.sessions[A].inc == "another"
+
+    at_desk(scene)
+
+
 def test_a_request_from_before_the_node_stored_its_serial_confirms_nothing() -> None:
     async def scene(desk: Desk) -> None:
         await desk.register(A)

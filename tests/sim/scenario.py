@@ -499,7 +499,7 @@ class Scenario:
             self.faults["old metad"] -= 1
             return
         await asyncio.sleep(SAVED_S)  # by then each node has stored what it saw, if metad answered its beats
-        lengths = [count for count in lengths if all(world.saved_seq(n) > count for n in NODES)]
+        lengths = [count for count in lengths if self._noticed(count)]
         if not lengths:
             self.faults["old metad"] -= 1
             return
@@ -515,6 +515,11 @@ class Scenario:
         world.kill_metad()
         world.note("metad has its database again")
         world.start_metad()
+
+    def _noticed(self, count: int) -> bool:
+        """Whether each node will know that metadata of ``count`` changes is older than what it has seen (R12)."""
+        last = self.world.database.entries[count - 1][0] if count else 0
+        return all(self.world.saved_seq(n) > last for n in NODES)
 
     async def _rot(self, node: str) -> None:
         """A disk alters a sector silently.  Checksums keep it from every read; a verify finds it in any case."""
@@ -582,7 +587,7 @@ class Scenario:
         lengths = [count for at, count in self.lengths if world_time() - at > OLD_DATABASE_S]
         await asyncio.sleep(SAVED_S)  # by then each node has stored what it saw, and the role is given up
         node = self._whole()
-        lengths = [count for count in lengths if all(world.saved_seq(n) > count for n in NODES)]
+        lengths = [count for count in lengths if self._noticed(count)]
         quiet = all(world.registered(n) and not world.blockds[n].process.frozen and world.steady(n) for n in NODES)
         if not node or not lengths or not quiet or not world.metad.alive:
             self.faults["accept"] -= 1

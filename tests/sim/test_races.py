@@ -15,7 +15,7 @@ from tests.sim.scenario import BLOCK_BYTES, BLOCKS, bury
 from tests.sim.world import CONFIG, NODES, Frontend, World
 from ukai.blockd.coordinator import Coordinator
 from ukai.blockd.core import Core
-from ukai.errors import Timeout, UkaiError, Unreachable
+from ukai.errors import StaleSession, Timeout, UkaiError, Unreachable
 from ukai.messages import Header
 from ukai.model import IN_SYNC, Image
 
@@ -249,3 +249,56 @@ def test_a_role_whose_grant_was_never_answered_is_given_back(monkeypatch: pytest
         await frontend.close()
 
     play(silence)
+
+
+def test_a_registration_of_a_process_that_has_ended_since_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """metad was frozen and reads the connection of the former process last: its report is no older copy."""
+    sent: list[Header] = []
+    real = World.ask_metad
+
+    async def ask_metad(self: World, source: str, process: Any, fields: Header, timeout_s: float) -> Header:
+        if fields["op"] == "register" and source == NODES[0]:
+            sent.append(fields)
+        return await real(self, source, process, fields, timeout_s)
+
+    monkeypatch.setattr(World, "ask_metad", ask_metad)
+
+    async def late(world: World) -> None:
+        frontend = Frontend(world, NODES[0])
+        await write(frontend, 0)
+        for _ in range(2):
+            world.kill_blockd(NODES[0])
+            world.start_blockd(NODES[0])
+            await until(lambda: world.registered(NODES[0]))
+        await write(frontend, 1)
+        former = [fields for fields in sent if fields["inc"] != sent[-1]["inc"]]
+        with pytest.raises(StaleSession, match="it ended before"):
+            await world.ask_metad(NODES[0], None, former[-1], 1.0)
+        await write(frontend, 2)
+        assert not any("older" in r.reason for where in image_of(world).locations.values() for _, _, r in where)
+        await frontend.close()
+
+    play(late)
+
+
+@pytest.mark.expect_log("is another one here|has seen another change")
+def test_a_metad_that_lacks_no_more_than_the_last_change_hears_what_each_node_holds() -> None:
+    """The number of the change that is lost is used again: the nodes must not go on, and must say what they have."""
+
+    async def restored(world: World) -> None:
+        frontend = Frontend(world, NODES[0])
+        await write(frontend, 0)
+        await frontend.close()
+        await until(lambda: not image_of(world).writer)
+        entries = world.database.entries
+        await until(lambda: all(world.saved_seq(n) == entries[-1][0] for n in NODES))
+        world.kill_metad()
+        world.database = world.database.older(len(entries) - 1)
+        world.jumps = True
+        world.start_metad()
+        metad = world.metad
+        assert metad is not None
+        await until(lambda: set(metad.core.reports) == set(NODES))
+        assert set(metad.core.behind) == set(NODES)
+
+    play(restored)

@@ -179,8 +179,8 @@ class Core:
         for _ in range(OVERTAKEN_TIMES):
             try:
                 return await self.ports.metad(op, {**fields, "n": next(self._numbers)}, self.config.io_timeout)
-            except StaleSession:
-                continue  # another one overtook it while there was no connection; metad has done nothing
+            except StaleSession:  # another one overtook it while there was no connection; metad has done nothing
+                await self.ports.metad("catchup", {}, self.config.io_timeout)
         raise NotReady("requests to metad overtake each other; ask again")
 
     async def catch_up(self) -> None:
@@ -230,8 +230,8 @@ class Core:
                 if e.message != self.problem:
                     self.problem = e.message
                     log.log(logging.ERROR if isinstance(e, (Behind, Refused)) else logging.INFO, "metad: %s", e.message)
-                if isinstance(e, NotReady):
-                    self.registered = False
+                if isinstance(e, (NotReady, Behind)):
+                    self.registered = False  # a metad that lacks what this node has seen wants to hear what it holds
                 delay_s = min(0.5, self.config.beat_interval)
             await asyncio.sleep(delay_s)
 

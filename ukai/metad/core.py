@@ -84,6 +84,8 @@ class Session:
     """Wall time at which it came up."""
     last_wall: float
     saved_seq: int = 0
+    began_seq: int = 0
+    """The metadata sequence once it was registered: no later process of the node has seen less."""
     number: int = 0
     """Of the last request that altered something: a late or repeated one is refused."""
     roles: dict[str, int] = field(default_factory=dict)

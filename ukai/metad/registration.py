@@ -229,6 +229,7 @@ def _once(marks: list[replicas.Mark]) -> list[replicas.Mark]:
 def register(core: Core, fields: Header) -> Header:
     """Compare, commit, and take the node in.  Raises Behind, Refused, RemoteProtocolError."""
     report = read(fields)
+    since = messages.integer(fields, "since", low=-1, default=core.cluster.seq)
     faults.point("metad.register")
     cluster, node = core.cluster, report.node
     number, former = messages.integer(fields, "n", low=1), core.sessions.get(node)
@@ -240,6 +241,11 @@ def register(core: Core, fields: Header) -> Header:
         raise (Behind if report.cluster_id not in ("", cluster.cluster_id) else Refused)(reason)
     if not cluster.saw(report.highest_seq, report.maker):
         core.behind[node] = report.highest_seq
+    elif former is not None and former.inc != report.inc and since < former.began_seq:
+        raise StaleSession(
+            f"node {node} has registered at change {former.began_seq}, this process of it has seen {since}: it ended "
+            "before, or has to catch up first"
+        )
     if core.behind:
         core.keep(report)
     core.check_current()
@@ -277,6 +283,7 @@ def register(core: Core, fields: Header) -> Header:
         last_wall=core.ports.wall(),
         saved_seq=(former.saved_seq if former is not None else 0) if same else report.highest_seq,
         number=number,
+        began_seq=cluster.seq,
     )
     return {"serial": serial + 1, "cluster_id": cluster.cluster_id}
 
