@@ -65,9 +65,12 @@ class MetadLink:
         self._task = asyncio.get_running_loop().create_task(self._follow(), name="mirror")
 
     async def call(self, op: str, fields: Header, timeout_s: float) -> Header:
-        """A request to metad; the mirror has taken what the reply relies on.  Raises UkaiError."""
+        """A request to metad; the mirror has taken what the reply relies on.  Raises UkaiError.
+
+        A registration names the maker of the highest change that the node has ever seen instead (R12).
+        """
         reply, _ = await self.requester.call(
-            op, {**fields, "since": self.mirror.seq, "maker": self.mirror.cluster.maker}, timeout_s
+            op, {"maker": self.mirror.cluster.maker, **fields, "since": self.mirror.seq}, timeout_s
         )
         self.mirror.take_reply(reply)
         return reply

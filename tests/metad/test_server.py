@@ -23,6 +23,7 @@ from tests.metad.desk import state
 from ukai import messages
 from ukai.config import Config
 from ukai.errors import (
+    Behind,
     Busy,
     DiskError,
     Exists,
@@ -483,3 +484,18 @@ def test_on_another_node_there_is_nothing_to_do(tmp_path: Path) -> None:
         assert "metad runs on 127.0.0.1, not on this node 127.0.0.2" in done.stderr
     finally:
         ports.close()
+
+
+def test_a_registration_names_the_maker_of_the_highest_change_that_the_node_has_seen(tmp_path: Path) -> None:
+    """A process that has just begun has no copy of the metadata yet: what it stored is what counts (R12)."""
+
+    async def scene(bench: Bench) -> None:
+        link = MetadLink(bench.context, bench.config, detail=True)
+        bench.links.append(link)  # it does not follow metad
+        report = {"node": A, "inc": "a", "n": 1, "store_id": "s", "boot_id": "b", "serial": 0, "images": []}
+        await (await bench.node(B)).ask("catchup")
+        with pytest.raises(Behind, match="has seen another change 1 "):
+            await link.call("register", {**report, "highest_seq": 1, "maker": "another metad"}, 5.0)
+        assert bench.server.core.behind == {A: 1}
+
+    on_bench(tmp_path, scene)

@@ -281,8 +281,9 @@ def test_a_registration_of_a_process_that_has_ended_since_is_refused(monkeypatch
     play(late)
 
 
-@pytest.mark.expect_log("is another one here|has seen another change")
-def test_a_metad_that_lacks_no_more_than_the_last_change_hears_what_each_node_holds() -> None:
+@pytest.mark.expect_log("is another one here|has seen another change|is not the one that this node has seen")
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_metad_that_lacks_no_more_than_the_last_change_hears_what_each_node_holds(restarted: bool) -> None:
     """The number of the change that is lost is used again: the nodes must not go on, and must say what they have."""
 
     async def restored(world: World) -> None:
@@ -295,7 +296,13 @@ def test_a_metad_that_lacks_no_more_than_the_last_change_hears_what_each_node_ho
         world.kill_metad()
         world.database = world.database.older(len(entries) - 1)
         world.jumps = True
+        if restarted:
+            for node in NODES:
+                world.kill_blockd(node)
         world.start_metad()
+        if restarted:
+            for node in NODES:
+                world.start_blockd(node)
         metad = world.metad
         assert metad is not None
         await until(lambda: set(metad.core.reports) == set(NODES))

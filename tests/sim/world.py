@@ -235,7 +235,7 @@ class Blockd:
         reply = await self.world.ask_metad(
             self.node,
             self.process,
-            {**fields, "op": op, "since": self.mirror.seq, "maker": self.mirror.cluster.maker},
+            {"maker": self.mirror.cluster.maker, **fields, "op": op, "since": self.mirror.seq},
             timeout_s,
         )
         self.mirror.take_reply(reply)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from ukai.blockd.files import HASH_BYTES
-from ukai.errors import NotCoordinator, UkaiError, Unreachable
+from ukai.errors import NotCoordinator, NotReady, StaleSession, UkaiError, Unreachable
 from ukai.messages import Header
 from ukai.model import IN_SYNC, Job
 
@@ -24,6 +24,8 @@ GROUP_BLOCKS = 256
 HASH_SPAN_BYTES = 16 * 2**20
 BLOCKS_AT_ONCE = 2
 RATE_SLICE_S = 0.05
+PASSING = (Unreachable, NotReady, StaleSession)
+"""An order waits for the end of these, and goes on where it was: a node is away, or its connection was made anew."""
 
 
 class Rate:

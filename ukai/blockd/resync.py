@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ukai import faults
 from ukai.blockd.files import HASH_BYTES, HOLE, is_zeros
-from ukai.blockd.jobs import BLOCKS_AT_ONCE, GROUP_BLOCKS, GROUP_BYTES, HASH_SPAN_BYTES, Run
+from ukai.blockd.jobs import BLOCKS_AT_ONCE, GROUP_BLOCKS, GROUP_BYTES, HASH_SPAN_BYTES, PASSING, Run
 from ukai.blockd.peer import Payload
 from ukai.errors import DiskError, NotCoordinator, NotReady, StaleEpoch, UkaiError, Unreachable
 from ukai.messages import ranges
@@ -122,7 +122,7 @@ class Resync(Run):
                 return
             try:
                 await self._group(target, blocks[at : at + size])
-            except (Unreachable, NotReady) as e:
+            except PASSING as e:
                 self.reason = e.message
                 log.info("resync of image %s stands still: %s", self._c.image.name, e.message)
                 return

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ukai.blockd.files import HASH_BYTES, HOLE
-from ukai.blockd.jobs import BLOCKS_AT_ONCE, GROUP_BLOCKS, GROUP_BYTES, HASH_SPAN_BYTES, Run
-from ukai.errors import DiskError, NotCoordinator, NotReady, StaleEpoch, UkaiError, Unreachable
+from ukai.blockd.jobs import BLOCKS_AT_ONCE, GROUP_BLOCKS, GROUP_BYTES, HASH_SPAN_BYTES, PASSING, Run
+from ukai.errors import DiskError, NotCoordinator, StaleEpoch, UkaiError, Unreachable
 from ukai.model import IN_SYNC, Job, written
 from ukai.ranges import RangeSet
 
@@ -70,7 +70,7 @@ class Verify(Run):
                         else:
                             self._skip(a, b)
                     self.reason = ""
-                except (Unreachable, NotReady) as e:
+                except PASSING as e:
                     self.reason = e.message
                     await asyncio.sleep(c.core.config.beat_interval / 2)
         except (StaleEpoch, NotCoordinator):
