@@ -10,7 +10,7 @@ import pytest
 from tests.cluster import Cluster
 from tests.processes.sample import ALL
 
-pytest_plugins = ["tests.plugins.leaks", "tests.plugins.logs", "tests.plugins.fuse_required"]
+pytest_plugins = ["tests.plugins.ending", "tests.plugins.leaks", "tests.plugins.logs", "tests.plugins.fuse_required"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,1 +1,1 @@
-"""What pytest is taught here: undeclared log lines and leaks fail a test, FUSE tests never skip."""
+"""What pytest is taught here: undeclared log lines and leaks fail a test, FUSE tests never skip, SIGTERM ends all."""

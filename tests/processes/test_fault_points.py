@@ -31,9 +31,10 @@ DEFECTS = ("defect", "Traceback", "internal error")
 
 
 class Stage:
-    """One cluster for all cases, its image, and what its guests were told."""
+    """One cluster for all cases of a kind of image, its image, and what its guests were told."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, replication: str) -> None:
+        self.replication = replication
         self.armed = root / "armed"
         self.armed.mkdir()
         settings = {**SETTINGS, "fault_dir": self.armed}
@@ -73,11 +74,11 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    one = Stage(tmp_path_factory.mktemp("points"))
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    one = Stage(tmp_path_factory.mktemp("points"), request.param)
     try:
         one.cluster.start_all()
-        create(one.cluster, hypervisors=(WRITER, OTHER))
+        create(one.cluster, hypervisors=(WRITER, OTHER), options=("--replication", one.replication))
         yield one
     finally:
         faults = one.cluster.close()
@@ -119,8 +120,14 @@ STEPS: list[tuple[str, str, str]] = [
     ("register", "replica", "register.ask register.answered register.stored"),
     ("register", "metad", "metad.register"),
 ]
-DEGRADED = ["write.sent", "write.local", "mark.ask", "mark.committed"]
+DEGRADED = [
+    "activate.announced", "activate.stamped", "write.sent", "write.local", "write.answered",
+    "mark.ask", "mark.committed", "flush.begin", "flush.answered",
+]  # fmt: skip
 """Steps of a write whose replica is gone, at the writer."""
+
+EARLY_PHASES = ("write", "degrade", "idle", "takeover")
+"""What differs where a write is acknowledged before all replicas have answered."""
 
 
 def cases() -> list[Case]:
@@ -131,8 +138,8 @@ def cases() -> list[Case]:
         for order in ("kill", "stop", "delay 1", "error")
         if (order != "error" or point in faults.FAILING) and (order != "delay 1" or who == "writer")
     ]
-    found += [Case("degrade", "writer", p, "stop", v) for p in DEGRADED for v in ("writer", "replica", "metad")]
-    found += [Case("degrade", "metad", "metad.mark", "stop", v) for v in ("writer", "metad")]
+    steps = [("writer", p) for p in DEGRADED] + [("metad", p) for p in ("metad.mark", "metad.store", "metad.stored")]
+    found += [Case("degrade", who, p, "stop", v) for who, p in steps for v in ("writer", "replica", "metad")]
     return found
 
 
@@ -140,7 +147,11 @@ def test_every_point_has_its_cases() -> None:
     assert {case.point for case in cases()} == set(faults.POINTS)
 
 
-@pytest.mark.parametrize("case", sample(cases(), 12), ids=str)
+CASES = [("sync", case) for case in sample(cases(), 10)]
+CASES += [("flush", case) for case in sample([c for c in cases() if c.phase in EARLY_PHASES], 4)]
+
+
+@pytest.mark.parametrize(("stage", "case"), CASES, indirect=["stage"], ids=str)
 def test_at_a_point(stage: Stage, case: Case) -> None:
     PHASES[case.phase](stage, case)
     stage.settle()
@@ -161,7 +172,10 @@ def _degrade(stage: Stage, case: Case) -> None:
     with stage.ledger.start(stage.disk) as guest:
         guest.wait_written(20)
         hit = stage.arm(case.who, case.point, case.order)
-        stage.cluster.kill(REPLICA, "blockd")
+        if case.victim == "replica":
+            stage.cluster.stop(REPLICA, "blockd")  # it is killed at the point
+        else:
+            stage.cluster.kill(REPLICA, "blockd")
         _meet(stage, case, hit)
         stage.cluster.heal()
         _goes_on(guest)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.machine import wait_for
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-PLUGINS = ("tests.plugins.leaks", "tests.plugins.logs", "tests.plugins.fuse_required")
+PLUGINS = ("tests.plugins.ending", "tests.plugins.leaks", "tests.plugins.logs", "tests.plugins.fuse_required")
 
 OFFENDERS = {
     "an undeclared warning": ('logging.getLogger("x").warning("disk on fire")', "undeclared log lines"),
@@ -32,12 +35,16 @@ pytestmark = [pytest.mark.fuse, pytest.mark.expect_log("smoke")]
 """
 
 
+def command(path: Path) -> list[str | Path]:
+    plugins = [option for name in PLUGINS for option in ("-p", name)]
+    return [sys.executable, "-m", "pytest", "-q", "-c", REPOSITORY / "pyproject.toml", *plugins, path]
+
+
 def run_pytest(path: Path, bodies: Mapping[str, str]) -> str:
     tests = [f"def test_{name.replace(' ', '_')}():\n    {body}\n" for name, body in bodies.items()]
     path.write_text("\n".join([HEAD, *tests]))
-    plugins = [option for name in PLUGINS for option in ("-p", name)]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-c", REPOSITORY / "pyproject.toml", *plugins, path],
+        command(path),
         env={**os.environ, "UKAI_REQUIRE_FUSE": "1", "COLUMNS": "200"},
         cwd=REPOSITORY,
         capture_output=True,
@@ -56,3 +63,32 @@ def test_each_offender_fails_and_a_declared_warning_does_not(tmp_path: Path) -> 
         assert any(name.replace(" ", "_") in line for line in summary), f"{name} did not fail\n{out}"
         assert message in out
     assert not any("smoke" in line for line in summary), out
+
+
+def test_a_run_that_is_told_to_end_ends_what_it_began(tmp_path: Path) -> None:
+    path, begun, ended = tmp_path / "test_long.py", tmp_path / "begun", tmp_path / "ended"
+    path.write_text(LONG.format(begun=str(begun), ended=str(ended)))
+    process = subprocess.Popen(command(path), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(begun.exists, "the test to begin", 30)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 2, "interrupted"
+    finally:
+        process.kill()
+        process.wait()
+    assert ended.exists()
+
+
+LONG = """
+import pathlib, time
+import pytest
+
+@pytest.fixture(scope="module")
+def cluster():
+    yield
+    pathlib.Path({ended!r}).touch()
+
+def test_long(cluster):
+    pathlib.Path({begun!r}).touch()
+    time.sleep(60)
+"""

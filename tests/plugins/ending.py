@@ -1,0 +1,11 @@
+"""A run that is told to end (SIGTERM) ends what its fixtures began, as after Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
