@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 ALL = os.environ.get("UKAI_TEST_CASES") == "all"
 SEED = int(os.environ.get("UKAI_TEST_SEED", "1"))
+EXAMPLES = int(os.environ.get("UKAI_TEST_EXAMPLES", "60" if ALL else "3"))
+"""How many orders of events the state machine plays."""
 
 
 def sample(cases: Sequence[T], count: int) -> list[T]:

@@ -26,6 +26,8 @@ WRITER, REPLICA, OTHER = 1, 2, 3
 BLOCK = 1 << 20
 SETTINGS: dict[str, object] = {**QUICK, "active_limit": 4, "active_idle": 0.5, "active_age": 3, "sync_chunk": 64 << 10}
 HIT_S = 20.0
+AHEAD = 100_000
+"""Passes between a guest and the one that takes its disk over while it still writes."""
 PAUSE_SLACK_S = 8.0
 DEFECTS = ("defect", "Traceback", "internal error")
 
@@ -126,7 +128,13 @@ DEGRADED = [
 ]  # fmt: skip
 """Steps of a write whose replica is gone, at the writer."""
 
-EARLY_PHASES = ("write", "degrade", "idle", "takeover")
+FENCED = [
+    "activate.ask", "activate.announced", "activate.stamped", "write.sent", "write.local", "write.answered",
+    "flush.begin", "flush.answered", "retire.flushed", "retire.done",
+]  # fmt: skip
+"""Steps of a write at which the writer stands still until another has its role."""
+
+EARLY_PHASES = ("write", "degrade", "fence", "idle", "takeover")
 """What differs where a write is acknowledged before all replicas have answered."""
 
 
@@ -140,6 +148,7 @@ def cases() -> list[Case]:
     ]
     steps = [("writer", p) for p in DEGRADED] + [("metad", p) for p in ("metad.mark", "metad.store", "metad.stored")]
     found += [Case("degrade", who, p, "stop", v) for who, p in steps for v in ("writer", "replica", "metad")]
+    found += [Case("fence", "writer", point, "stop") for point in FENCED]
     return found
 
 
@@ -204,8 +213,25 @@ def _takeover(stage: Stage, case: Case) -> None:
     with stage.ledger.start(stage.disk) as guest:
         guest.wait_written(20)
         hit = stage.arm(case.who, case.point, case.order)
-        with stage.ledger.start(there, ahead=100_000) as new:
+        with stage.ledger.start(there, ahead=AHEAD) as new:
             _meet(stage, case, hit)
+            wait_for(lambda: guest.popen.poll() is not None, "the old guest's disk failing", 40, stage.cluster.tails)
+            assert guest.popen.returncode == 1
+            _goes_on(new)
+    stage.ledger.check(there, crashes=1)
+
+
+def _fence(stage: Stage, case: Case) -> None:
+    """The writer wakes up in the midst of a write, and its role is gone: it may change nothing any more (R1, R3)."""
+    there = stage.cluster.path("disk", OTHER)
+    wait_shown(stage.cluster, "disk", OTHER)
+    with stage.ledger.start(stage.disk) as guest:
+        guest.wait_written(20)
+        hit, process = stage.arm(case.who, case.point, case.order), stage.process(case.who)
+        _reach(stage, case, hit)
+        with stage.ledger.start(there, ahead=AHEAD) as new:
+            new.wait_written(10)
+            stage.cluster.cont(process.node, process.name)
             wait_for(lambda: guest.popen.poll() is not None, "the old guest's disk failing", 40, stage.cluster.tails)
             assert guest.popen.returncode == 1
             _goes_on(new)
@@ -241,6 +267,7 @@ PHASES: dict[str, Callable[[Stage, Case], None]] = {
     "grant": _grant,
     "idle": _release,
     "takeover": _takeover,
+    "fence": _fence,
     "sync": _sync,
     "register": _register,
 }
@@ -252,13 +279,11 @@ PHASES: dict[str, Callable[[Stage, Case], None]] = {
 def _meet(stage: Stage, case: Case, hit: Callable[[], bool]) -> None:
     """Wait for the point, see that the order was carried out, and put an end to the fault."""
     cluster, process = stage.cluster, stage.process(case.who)
-    wait_for(hit, f"the point {case.point} at {process}", HIT_S, cluster.tails)
+    _reach(stage, case, hit)
     if case.order == "kill":
         assert process.wait() == -9
         cluster.start(process.node, process.name, ready=False)
     elif case.order == "stop":
-        wait_for(lambda: machine.process_state(process.pid) == "T", f"{process} stopped at {case.point}", 5)
-        process.stopped = True
         if case.victim:
             victim = stage.process(case.victim)
             if victim.alive:
@@ -270,6 +295,14 @@ def _meet(stage: Stage, case: Case, hit: Callable[[], bool]) -> None:
         else:
             _wait_beyond_timeout(stage, process)
             cluster.cont(process.node, process.name)
+
+
+def _reach(stage: Stage, case: Case, hit: Callable[[], bool]) -> None:
+    process = stage.process(case.who)
+    wait_for(hit, f"the point {case.point} at {process}", HIT_S, stage.cluster.tails)
+    if case.order == "stop":
+        wait_for(lambda: machine.process_state(process.pid) == "T", f"{process} stopped at {case.point}", 5)
+        process.stopped = True
 
 
 def _wait_beyond_timeout(stage: Stage, process: Process) -> None:

@@ -21,7 +21,7 @@ from tests.machine import wait_for
 from tests.mesh import Mesh
 from tests.processes.guest import QUICK, create, in_sync, wait_shown
 from tests.processes.recorder import RECORD_BYTES, number_in, record
-from tests.processes.sample import ALL, SEED
+from tests.processes.sample import ALL, EXAMPLES, SEED
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fuse, pytest.mark.expect_log(r"")]
 
@@ -223,7 +223,7 @@ def test_any_order(world: World) -> None:
 
     Here.world = world
     wanted = settings(
-        max_examples=60 if ALL else 3,
+        max_examples=EXAMPLES,
         stateful_step_count=25 if ALL else 12,
         deadline=None,
         database=None,
