@@ -45,7 +45,7 @@ class Scenario:
 
     def __init__(self, seed: int, seconds: float = 12.0, forced: dict[str, Any] | None = None) -> None:
         self.world = World(seed)
-        self.world.on_return = self._lost
+        self.world.on_power = self._lost
         chance = self.world.chance
         apart = random.Random(f"{seed} rare")
         self.parameters: dict[str, Any] = {

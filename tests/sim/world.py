@@ -456,8 +456,8 @@ class World:
         self.trace: list[str] = []
         self.violations: list[str] = []
         self.on_violation: Callable[[], None] = lambda: None
-        self.on_return: Callable[[Image], None] = lambda _: None
-        """Called once a node that lost power has registered, before anything else can be asked of it."""
+        self.on_power: Callable[[Image], None] = lambda _: None
+        """Called when a node has lost power, and when it has registered again and nothing else was asked of it."""
         self.powerless: set[str] = set()
         """Nodes that lost power and whose blockd has not registered since."""
         self.tampered: set[str] = set()
@@ -519,8 +519,13 @@ class World:
                     page.end()  # whoever reads there has lost power too
                 self.disks[node].power_cut()
                 self.boots[node] = f"boot {node} {next(self.numbers)}"
+                self._power_lost()
             else:
                 self.disks[node].process_died()
+
+    def _power_lost(self) -> None:
+        for image in self.database.committed.images.values():
+            self.on_power(image)
 
     def freeze(self, node: str) -> None:
         self.note(f"freeze {node}")
@@ -645,8 +650,7 @@ class World:
             self.early.committed(batch)
         for node in sorted(self.powerless):
             if any(cause == f"register {node}" for _, _, cause, _ in batch):
-                for image in database.committed.images.values():
-                    self.on_return(image)
+                self._power_lost()
                 self.powerless.discard(node)
         for _, _, _, change in batch:
             if change["t"] == "replicas" and change["node"] not in database.committed.images[change["uuid"]].locations:

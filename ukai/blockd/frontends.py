@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ class Frontends:
         self.handles: dict[int, Handle] = {}
         self.beats: dict[str, float] = {}
         """frontend → when it last said that it lives."""
-        self._silent: dict[str, dict[str, int]] = {}
+        self._silent: dict[str, Counter[str]] = {}
         """frontend → image → handles closed because it is silent: it may live, and its machines with it (R2)."""
         self.heard = False
         """Whether this process has heard of a frontend: until then it can't tell what is open."""
@@ -56,21 +57,16 @@ class Frontends:
         limit = self._core.now() - FRONTEND_BEATS * self._core.config.beat_interval
         for frontend in [f for f, at in self.beats.items() if at < limit]:
             del self.beats[frontend]
-            for handle in self.handles.values():
-                if handle.frontend == frontend:
-                    counts = self._silent.setdefault(frontend, {})
-                    counts[handle.coordinator.uuid] = counts.get(handle.coordinator.uuid, 0) + 1
+            self._silent.setdefault(frontend, Counter()).update(self._held_by(frontend))
             self._close_frontend(frontend, "is silent")
 
     def opens(self) -> dict[str, int]:
         """image → handles that are open, or were when their frontend fell silent."""
-        found: dict[str, int] = {}
-        for handle in self.handles.values():
-            found[handle.coordinator.uuid] = found.get(handle.coordinator.uuid, 0) + 1
-        for counts in self._silent.values():
-            for uuid, count in counts.items():
-                found[uuid] = found.get(uuid, 0) + count
-        return found
+        return dict(sum(self._silent.values(), self._held_by()))
+
+    def _held_by(self, frontend: str = "") -> Counter[str]:
+        """image → handles, of one frontend or of all."""
+        return Counter(h.coordinator.uuid for h in self.handles.values() if frontend in ("", h.frontend))
 
     def _close_frontend(self, frontend: str, why: str) -> None:
         mine = [h for h in self.handles.values() if h.frontend == frontend]

@@ -115,9 +115,13 @@ def lose_former(core: Core, image: Image, node: str, epoch: int) -> None:
     """
     session = core.sessions.get(image.former)
     lost = dict(image.lost)
-    # a process that has just begun may not have heard of its handles yet, nor one whose frontend is frozen
-    fresh = session is None or not session.heard or core.ports.wall() - session.since < core.config.io_timeout
-    if session is None or fresh or not core.up(image.former) or session.opens.get(image.uuid, 0) > 0:
+    if (
+        session is None
+        or not core.up(image.former)
+        or not session.heard  # a process that has just begun may not have heard of its handles yet
+        or core.ports.wall() - session.since < core.config.io_timeout  # nor one whose frontend is frozen
+        or session.opens.get(image.uuid, 0) > 0
+    ):
         lost[image.former] = epoch
     change: Change = {"t": "image", "uuid": image.uuid, "lost": lost, "former": ""}
     core.commit([change], f"{node} follows {image.former}")
