@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -11,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.faultfs import KINDS, FaultFilesystem
 from tests.metad.desk import state
+from tests.processes.sample import ALL
 from ukai.errors import DiskError, NoSpace, Refused, UkaiError
 from ukai.metad.core import Entry
 from ukai.metad.store import Store, connect
@@ -232,19 +236,26 @@ def test_every_statement_may_fail(tmp_path: Path, after: bool, code: int) -> Non
         fault = Fault(number, after, code)
         root = tmp_path / str(number)
         root.mkdir()
-        if not _story(root, fault):
+        _story(Store(str(root), 3, functools.partial(Faulty, fault=fault)), root)  # type: ignore[arg-type]
+        if not fault.fired:
             break
     assert number > 30, "the loop has run over the whole story"
 
 
-def _story(root: Path, fault: Fault) -> bool:
-    store = Store(str(root), 3, lambda path: Faulty(path, fault))  # type: ignore[arg-type, return-value]
+def _story(store: Store, root: Path, stored: Callable[[Any], object] = id) -> list[UkaiError]:
+    """A database is made, changed, and opened anew, on a disk that fails once; the errors that metad has met.
+
+    ``stored`` is called with each state from which metad goes on.
+    """
+    errors: list[UkaiError] = []
     try:
         try:
             cluster = store.open(new_uuid)
-        except UkaiError:
+        except UkaiError as e:
+            errors.append(e)
             cluster = store.open(new_uuid)  # supervisord starts it anew
         good = state(cluster)
+        stored(good)
         steps: list[list[Change]] = [
             image("u1"),
             [{"t": "active", "uuid": "u1", "add": [[3, 9]]}, {"t": "node", "address": NODES[0], "serial": 1}],
@@ -258,25 +269,93 @@ def _story(root: Path, fault: Fault) -> bool:
                 whole = state(cluster)
                 try:
                     store.commit(entries, cluster)
-                except (DiskError, NoSpace):
-                    cluster = _reopened(store)
+                except (DiskError, NoSpace) as e:
+                    errors.append(e)
+                    cluster = _reopened(store, errors)
                     if state(cluster) == whole:
                         break  # it was stored, though nobody was told
                     assert state(cluster) == good, "half a batch is there"
+                    stored(good)
                     continue
                 break
             good = whole
+            stored(good)
         store.close()
         again = Store(str(root), 1000)
-        assert state(again.open(new_uuid)) == good
-        again.close()
+        try:
+            assert state(again.open(new_uuid)) == good
+        except UkaiError as e:
+            errors.append(e)
+            assert state(again.open(new_uuid)) == good
+        finally:
+            again.close()
     finally:
         store.close()
-    return fault.fired
+    return errors
 
 
-def _reopened(store: Store) -> Cluster:
+def _reopened(store: Store, errors: list[UkaiError]) -> Cluster:
     try:
         return store.reopen()
-    except UkaiError:
+    except UkaiError as e:
+        errors.append(e)
         return store.reopen()
+
+
+STEPS = {"EIO": 23, "ENOSPC": 13, "sync": 6, "short": 31, "torn": 17}
+"""Every so many operations are enough for each day."""
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultFilesystem]:
+    with FaultFilesystem(tmp_path_factory.mktemp("disk")) as one:
+        yield one
+
+
+def _quick(path: str) -> sqlite3.Connection:
+    """A connection that writes its log back into the database after each commit."""
+    db = connect(path)
+    db.execute("PRAGMA wal_autocheckpoint = 1")
+    return db
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["log", "checkpoints"])
+@pytest.mark.parametrize(
+    ("kind", "lose"),
+    [*((kind, False) for kind in KINDS), ("EIO", True), ("sync", True)],
+    ids=lambda v: {False: "kept", True: "lost"}.get(v, v),
+)
+def test_every_operation_of_sqlite_may_fail(
+    disk: FaultFilesystem, tmp_path: Path, kind: str, lose: bool, checkpoints: bool
+) -> None:
+    """1st, 2nd, 3rd … system call below SQLite: as above; and what metad goes on from is on the disk already.
+
+    With ``lose`` all that a failed fsync did not store is gone at once.
+    """
+    copies = itertools.count()
+
+    def survives(good: Any) -> None:
+        """What would be there if power went off now is what metad tells."""
+        copy = tmp_path / f"copy{next(copies)}"
+        disk.copy_after_power_cut(root, copy)
+        with opened(copy) as (_, found):
+            assert state(found) == good, f"after {disk.fired}"
+
+    step = 1 if ALL else STEPS[kind]
+    number = 1 - step
+    while True:
+        number += step
+        root = disk.where / f"{tmp_path.name}-{number}"
+        root.mkdir()
+        disk.arm(kind, number, f"/{root.name}/", lose=lose)
+        errors = _story(Store(str(root), 3, _quick if checkpoints else connect), root, survives)
+        fired = disk.fired
+        disk.disarm()
+        assert len(errors) <= (2 if fired else 0), f"{fired}: {errors}"
+        assert not any("\n" in e.message for e in errors), errors
+        if kind == "short":
+            assert not errors, "a short read or write is no error"
+        if not fired:
+            break
+    assert number > 3 * step, "the loop has run over the whole story"

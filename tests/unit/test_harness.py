@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.blocks import block_digest, differences
+from tests.faultfs import FaultFilesystem
 from tests.logs import LogFile
-from tests.machine import PortRange, wait_for
+from tests.machine import PortRange, mount_answers, wait_for
 
 
 def test_zeros_and_holes_and_missing_files_are_the_same(tmp_path: Path) -> None:
@@ -77,3 +80,42 @@ def test_port_ranges_do_not_meet() -> None:
 def test_waiting_in_vain_says_for_what() -> None:
     with pytest.raises(AssertionError, match=r"0\.1 s for rain in vain\nall dry"):
         wait_for(lambda: False, "rain", 0.1, lambda: "all dry")
+
+
+@pytest.mark.fuse
+def test_a_disk_fails_as_it_is_told_to(tmp_path: Path) -> None:
+    with FaultFilesystem(tmp_path / "faulty") as disk:
+        path = disk.where / "file"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            os.pwrite(fd, b"a" * 8192, 0)
+            os.fdatasync(fd)
+            for kind, nth, error in (("EIO", 2, errno.EIO), ("ENOSPC", 2, errno.ENOSPC), ("torn", 2, errno.EIO)):
+                disk.arm(kind, nth)
+                os.pwrite(fd, b"b" * 100, 0)
+                with pytest.raises(OSError, match=r"error|space") as failed:
+                    os.pwrite(fd, b"c" * 100, 4096)
+                assert (failed.value.errno, disk.fired) == (error, "write /file")
+                os.pwrite(fd, b"b" * 100, 0)
+            assert os.pread(fd, 100, 4096) == b"c" * 50 + b"a" * 50, "the torn write, and no other"
+            disk.arm("short", 1, match="other")
+            assert os.pread(fd, 100, 0) == b"b" * 100
+            disk.arm("short", 1)
+            assert os.pread(fd, 100, 0) == b"b" * 50
+            disk.copy_after_power_cut(disk.where, tmp_path / "copy")
+            assert (tmp_path / "copy" / "file").read_bytes() == b"a" * 8192
+            disk.arm("sync", 1, lose=True)
+            os.pwrite(fd, b"d" * 100, 9000)
+            with pytest.raises(OSError, match="Input/output"):
+                os.fsync(fd)
+            os.fsync(fd)
+            assert path.read_bytes() == b"a" * 8192
+            assert [(one.call, one.good) for one in disk.done if one.call == "fsync"] == [
+                ("fsync", False),
+                ("fsync", True),
+            ]
+            path.unlink()
+            assert os.fstat(fd).st_nlink == 0
+        finally:
+            os.close(fd)
+    assert not mount_answers(disk.where)

@@ -106,7 +106,9 @@ class Store:
     def _attach(self) -> sqlite3.Connection:
         self._db = db = self._connect(self.path)
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("PRAGMA journal_mode = WAL")
+        # the row must be taken: an error comes with the step after it, and would leave a log that SQLite throws away
+        if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise DiskError(f"{self.path} can't be given a write-ahead log")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA cache_size = -32768")
         db.execute("PRAGMA journal_size_limit = 67108864")
