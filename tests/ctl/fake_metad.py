@@ -89,6 +89,41 @@ IMAGE: Header = SUMMARY | {
     "job": JOB,
 }
 
+HOLDING: Header = {
+    "location": True,
+    "reported": True,
+    "held": True,
+    "written": 40,
+    "newest": 17,
+    "bad_blocks": 0,
+    "bad": [],
+}
+BEHIND: Header = {
+    "behind": True,
+    "seq": 42,
+    "nodes": [
+        {"address": "127.0.0.1", "reported": True, "seq": 57, "reason": "the metadata is older than what it has seen"},
+        {"address": "127.0.0.2", "reported": False, "seq": 0, "reason": ""},
+    ],
+    "images": [
+        {
+            "name": "image01",
+            "uuid": SUMMARY["uuid"],
+            "blocks": 128,
+            "newest": 12,
+            "copies": {
+                "127.0.0.1": HOLDING,
+                "127.0.0.2": HOLDING | {"reported": False, "written": 0, "newest": 0},
+                "127.0.0.3": HOLDING | {"held": False, "written": 0, "newest": 0},
+                "127.0.0.4": HOLDING
+                | {"location": False, "newest": 9, "bad_blocks": 2, "bad": [[3, 4, "block file is missing"]]},
+            },
+        }
+    ],
+    "unknown": [{"name": "later", "uuid": "00000000-0000-4000-8000-000000000002", "nodes": ["127.0.0.1"]}],
+}
+"""An answer to ``metadata.show`` while the metadata is older than what nodes have seen."""
+
 ANSWERS: dict[str, Answer] = {
     "image.create": {"image": SUMMARY, "notes": ["a note"]},
     "image.add": {"image": SUMMARY, "notes": []},
@@ -107,6 +142,10 @@ ANSWERS: dict[str, Answer] = {
     "sync.stop": {"job": JOB | {"state": "stopped", "reason": "stopped by an administrator"}},
     "sync.rate": {"job": JOB},
     "sync.status": {"jobs": [JOB]},
+    "image.accept": {"image": SUMMARY, "accepted": [[0, 3], [7, 7]], "zeros": [], "notes": ["a note"]},
+    "metadata.show": BEHIND,
+    "metadata.accept": {"seq": 1_000_058, "seen": 57, "notes": ["a note"]},
+    "node.accept": {"accepted": {"image01": "0-3,7", "image02": "1"}},
     "node.list": {"nodes": [NODE, DOWN]},
     "errors": {"nodes": [ERROR]},
     "status": {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.ctl.conftest import Run
-from tests.ctl.fake_metad import ANSWERS, IMAGE, JOB, SUMMARY, FakeMetad, replica
+from tests.ctl.fake_metad import ANSWERS, BEHIND, IMAGE, JOB, SUMMARY, FakeMetad, replica
 from ukai.ctl.main import commands
 
 NODES = {"name": "image01", "node": "127.0.0.2"}
@@ -64,6 +64,20 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
         {"name": "image01", "nodes": ["127.0.0.2"], "ranges": [[5, 5]], "rate": 100 * 2**20},
     ),
     "verify image01 --stop": ("sync.stop", {"name": "image01"}),
+    "metadata show": ("metadata.show", {}),
+    "metadata accept --trust image02=127.0.0.2 --trust 127.0.0.1 --yes": (
+        "metadata.accept",
+        {"trust": ["image02=127.0.0.2", "127.0.0.1"]},
+    ),
+    "image accept image01 127.0.0.2 --yes": (
+        "image.accept",
+        {**NODES, "ranges": [], "zeros": False, "force": False},
+    ),
+    "image accept image01 127.0.0.2 --blocks 7,0-3 --zeros --force --yes": (
+        "image.accept",
+        {**NODES, "ranges": [[0, 3], [7, 7]], "zeros": True, "force": True},
+    ),
+    "node accept 127.0.0.2 --yes": ("node.accept", {"node": "127.0.0.2"}),
     "sync stop image01": ("sync.stop", {"name": "image01"}),
     "sync rate image01 none": ("sync.rate", {"name": "image01", "rate": 0}),
     "sync rate image01 default": ("sync.rate", {"name": "image01", "rate": -1}),
@@ -168,6 +182,94 @@ def test_sync_status_tells_why_it_stands_still(metad: FakeMetad, run: Run) -> No
     assert "waiting: 127.0.0.2 can't be reached" in text
     assert "896 MiB of 1.75 GiB (50.0 %), 14 of 28 blocks" in text
     assert "640 MiB, holes 64 MiB" in text
+
+
+def test_verify_says_what_it_found(metad: FakeMetad, run: Run) -> None:
+    found = JOB | {"kind": "verify", "state": "done", "reason": "28 blocks compared", "blocks_differed": 1}
+    metad.answers["verify.start"] = {
+        "job": found | {"state": "running", "blocks_differed": 0, "nodes": [], "reason": ""}
+    }
+    metad.answers["sync.status"] = {"jobs": [found]}
+    begun = run("verify", "image01")
+    assert begun.exit_code == 0
+    lines = [" ".join(line.split()) for line in begun.stdout.splitlines()]
+    assert "order verify" in lines
+    assert "compared all locations" in lines
+    assert "differed 0 blocks" in lines
+    ended = run("verify", "image01", "--wait")
+    assert ended.exit_code == 1, "a difference is not well"
+    lines = [" ".join(line.split()) for line in ended.stdout.splitlines()]
+    assert "state done: 28 blocks compared" in lines
+    assert "differed 1 block" in lines
+    metad.answers["sync.status"] = {"jobs": [found | {"state": "failed", "reason": "the disk is gone"}]}
+    broken = run("verify", "image01", "--wait")
+    assert broken.exit_code == 1
+    assert "ukai-ctl: verify of image01 failed: the disk is gone" in broken.stderr
+    assert run("verify", "image01", "--stop", "--wait").exit_code == 2
+
+
+def test_metadata_show_for_people(metad: FakeMetad, run: Run) -> None:
+    text = run("metadata", "show").stdout
+    assert text.startswith("the metadata is at change 42, and nodes have seen more\n")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert [line for line in lines if line.startswith("127.")] == [
+        "127.0.0.1 yes 57 the metadata is older than what it has seen",
+        "127.0.0.2 no - -",
+    ]
+    assert [line for line in lines if line.startswith("image01 ")] == [
+        "image01 127.0.0.1 40 128 17 0 newer than the metadata",
+        "image01 127.0.0.2 0 128 0 0 has not reported",
+        "image01 127.0.0.3 0 128 0 0 no data of this image",
+        "image01 127.0.0.4 40 128 9 2 no location in this metadata; block 3: block file is missing",
+    ]
+    assert f"image later ({BEHIND['unknown'][0]['uuid']}) on 127.0.0.1 is not in this metadata" in text
+    assert "nothing to accept" not in text
+    metad.answers["metadata.show"] = BEHIND | {"behind": False}
+    text = run("metadata", "show").stdout
+    assert text.startswith("the metadata is at change 42\n")
+    assert "nothing to accept" in text
+
+
+def test_metadata_accept_names_the_price_and_says_where_it_goes_on(metad: FakeMetad, run: Run) -> None:
+    refused = run("metadata", "accept", "--trust", "127.0.0.1")
+    assert refused.exit_code == 1
+    assert "what was ordered since is forgotten" in refused.stderr
+    assert "127.0.0.2 has not reported: what only it has is given up" in refused.stderr
+    assert refused.stderr.rstrip().endswith("To go on, add --yes")
+    assert "metadata.accept" not in metad.ops()
+    text = run("metadata", "accept", "--trust", "127.0.0.1", "--yes").stdout
+    assert "accepted; the metadata goes on at change 1000058 (nodes had seen 57)" in text
+    assert "a note" in text
+    assert "then ukai-ctl sync start IMAGE for each image" in text
+
+
+def test_image_accept_names_the_price_and_the_blocks(metad: FakeMetad, run: Run) -> None:
+    line = ("image", "accept", "image01", "127.0.0.2")
+    refused = run(*line)
+    assert refused.exit_code == 1
+    assert "what 127.0.0.2 holds counts from now on, however old it is" in refused.stderr
+    assert "zeros" not in refused.stderr
+    assert "given up" not in refused.stderr
+    dear = run(*line, "--zeros", "--force").stderr
+    assert "Blocks without a usable file there become zeros." in dear
+    assert "In-sync copies on nodes that can't be reached are given up." in dear
+    assert "image.accept" not in metad.ops()
+    text = run(*line, "--yes").stdout
+    assert "image01: the copy of 127.0.0.2 is accepted for blocks 0-3,7\n" in text
+    assert "a note" in text
+    assert "ukai-ctl sync start image01" in text
+    metad.answers["image.accept"] = {"image": SUMMARY, "accepted": [[0, 3]], "zeros": [[4, 9]], "notes": []}
+    assert "accepted for blocks 0-3; zeros are 4-9\n" in run(*line, "--zeros", "--yes").stdout
+
+
+def test_node_accept_names_the_price_and_what_was_taken(metad: FakeMetad, run: Run) -> None:
+    refused = run("node", "accept", "127.0.0.2")
+    assert refused.exit_code == 1
+    assert "the last copies in its data directory count from now on, however old they are" in refused.stderr
+    assert "node.accept" not in metad.ops()
+    assert run("node", "accept", "127.0.0.2", "--yes").stdout == (
+        "image01: what 127.0.0.2 has of blocks 0-3,7 is accepted\nimage02: what 127.0.0.2 has of blocks 1 is accepted\n"
+    )
 
 
 def test_output_is_never_cut_in_a_pipe(metad: FakeMetad, run: Run) -> None:

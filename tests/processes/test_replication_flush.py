@@ -24,6 +24,8 @@ from tests.processes.guest import (
     wait_shown,
     write_at,
 )
+from tests.processes.test_links import ProxiedCluster
+from tests.proxy import Proxy
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fuse]
 
@@ -54,6 +56,35 @@ def test_killed_writer_node(make_cluster: MakeCluster, tmp_path: Path) -> None:
     sync(cluster, "disk")
     cluster.wait_image("disk", "ok")
     cluster.compare_replicas("disk")
+
+
+def lag(cluster: Cluster) -> dict[str, float]:
+    """What the writer's blockd publishes next of how far other copies are behind: metric → value, of image "disk"."""
+    told = cluster.ctl("metrics", "--once", "--node", cluster.node(1), "--process", "blockd", "--name", "*_lag_*")
+    assert all(item["labels"] == {"image": "disk"} for item in told["metrics"]), "only flush images can be behind"
+    return {item["name"].removeprefix("ukai_replication_"): item["value"] for item in told["metrics"]}
+
+
+def test_the_lag_is_in_the_metrics(tmp_path: Path) -> None:
+    """Bytes and requests that the other copy has not answered, until it has."""
+    behind, nothing = {"lag_bytes": 8 * PIECE, "lag_requests": 8}, {"lag_bytes": 0, "lag_requests": 0}
+    settings = {**QUICK, "replica_timeout": 15, "lease": 15, "active_idle": 60}  # no flush may overtake what is held
+    with Proxy() as proxy, ProxiedCluster(tmp_path / "cluster", proxy, nodes=2, settings=settings) as cluster:
+        other, disk = create(cluster, "other"), create_flush(cluster)
+        write_at(other, 0, b"no copy of this one is ever behind")
+        write_at(disk, 0, bytes(MIB))
+        assert lag(cluster) == nothing
+        with disk.open("r+b", buffering=0) as guest:
+            held = proxy.rule("hold", "w", client=cluster.node(1), server=cluster.node(2), count=-1)
+            for at in range(0, 8 * PIECE, PIECE):
+                os.pwrite(guest.fileno(), os.urandom(PIECE), at)
+            held.wait_met(8)
+            wait_for(lambda: lag(cluster) == behind, f"a lag of {behind}", 10, lambda: f"{lag(cluster)}")
+            proxy.release(held)
+            wait_for(lambda: lag(cluster) == nothing, "no lag once all is answered", 10, lambda: f"{lag(cluster)}")
+            os.fsync(guest.fileno())
+        assert out_of_sync(cluster, "disk", 2) == set()
+        cluster.compare_replicas()
 
 
 @pytest.mark.expect_log(MARKED)
