@@ -31,6 +31,10 @@ EXIT_NOT_HERE = 64
 """metad on a node that is not metad's: supervisord takes it as expected."""
 
 PR_SET_IO_FLUSHER = 57
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 16 * 2**20
+LARGEST_BYTES = 16 * 2**20
+"""Beyond it a piece of memory is given back to the kernel as soon as it is free."""
 
 
 class Server(Protocol):
@@ -49,6 +53,14 @@ Factory = Callable[[Config, str, "zmq.Context[Any]", Telemetry], Server]
 def be_io_flusher() -> None:
     """Ask the kernel not to wait for our own writeback when it needs memory; not permitted is fine."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+
+
+def keep_memory() -> None:
+    """Have malloc keep some free memory: else that of each large request comes from the kernel anew, page by page."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_BYTES)
 
 
 def main(
@@ -76,6 +88,7 @@ def main(
         if code is not None:
             return code
         be_io_flusher()
+        keep_memory()
         return asyncio.run(_serve(process, factory, config, node))
     except UkaiError as e:
         print(f"ukai-{process}: {e.message}", file=sys.stderr)
