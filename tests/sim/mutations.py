@@ -23,6 +23,7 @@ from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
 from ukai.errors import NoSpace, UkaiError
 from ukai.frontend.shortcut import Loan, Shortcut
+from ukai.loans import NOT_LENT
 from ukai.metad import acceptance, registration, replicas, roles
 from ukai.metad import blocks as metad_blocks
 from ukai.metad import core as metad_core
@@ -196,6 +197,17 @@ def _loan_outlasts_a_mark() -> list[Patch]:
         self.stores.clear()
 
     return [(Readable, "drop", drop), (Readable, "drop_all", drop_all)]
+
+
+def _marked_copy_elsewhere_is_read() -> list[Patch]:
+    """Reads that are sent straight to another node know of no mark."""
+
+    def drop(self: Readable, block: int) -> None:
+        self.stores.pop(block, None)
+        if self.page is not None:
+            self.page.numbers[block] = NOT_LENT
+
+    return [(Readable, "drop", drop), (Readable, "drop_all", _nothing)]
 
 
 def _lease_of_loans_ignored() -> list[Patch]:
@@ -540,6 +552,13 @@ MUTATIONS = (
     Mutation("R4", "a failed replica is forgotten", _failed_replica_forgotten, _world("cut", "freeze"), (LACKS,)),
     Mutation("R4", "the first answer is enough", _first_answer_is_enough, _world("freeze"), (LACKS,)),
     Mutation("R4", "a loan outlasts a mark", _loan_outlasts_a_mark, _world("disk", "freeze", "sync"), (READS,)),
+    Mutation(
+        "R4",
+        "a marked copy elsewhere is read",
+        _marked_copy_elsewhere_is_read,
+        _world("disk", "freeze", "sync", local=False, fault_every_s=0.25),
+        (READS,),
+    ),
     Mutation("R3", "a lease of loans is ignored", _lease_of_loans_ignored, _world("split"), (READS,)),
     Mutation("R4", "a write under way is read", _write_under_way_is_read, _world("split"), (READS,)),
     Mutation(

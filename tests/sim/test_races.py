@@ -13,8 +13,9 @@ from tests.sim.guest import SECTOR
 from tests.sim.loop import VirtualLoop
 from tests.sim.scenario import BLOCK_BYTES, BLOCKS, bury
 from tests.sim.world import CONFIG, NODES, Frontend, World
-from ukai.blockd.coordinator import Coordinator
+from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.core import Core
+from ukai.blockd.reads import Reads
 from ukai.errors import StaleSession, Timeout, UkaiError, Unreachable
 from ukai.messages import Header
 from ukai.model import IN_SYNC, Image
@@ -168,6 +169,37 @@ def test_a_block_whose_announcement_was_not_answered_stays_active_when_the_role_
         await second.close()
 
     play(release)
+
+
+def test_a_copy_elsewhere_is_read_the_short_way_while_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has to be looked up or waited for; where the node is lost, or its copy fails, another one is found."""
+    slow: list[int] = []
+    real = Reads._read_slow
+
+    async def read_slow(self: Reads, handle: Handle, offset: int, *rest: Any) -> None:
+        slow.append(offset)
+        await real(self, handle, offset, *rest)
+
+    async def read(world: World) -> None:
+        monkeypatch.setattr(Reads, "_read_slow", read_slow)
+        fields = {"name": "far", "size": 8 * BLOCK_BYTES, "block_size": BLOCK_BYTES, "hypervisors": list(NODES)}
+        await create(world, locations=[NODES[1], NODES[2]], **fields)
+        frontend = Frontend(world, NODES[0], "far")
+
+        async def reads(times: int) -> int:
+            slow.clear()
+            for _ in range(times):
+                data = await frontend.request({"op": "r", "o": 0, "l": SECTOR}, None, False)
+                assert data == b"x" * SECTOR
+            return len(slow)
+
+        await write(frontend, 0)
+        assert await reads(8) == 1
+        world.kill_blockd(NODES[1])
+        assert await reads(8) <= 2
+        await frontend.close()
+
+    play(read)
 
 
 @pytest.mark.expect_log("out-of-sync")

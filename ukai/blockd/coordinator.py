@@ -148,7 +148,8 @@ class Coordinator:
 
     def changed(self, ranges: list[tuple[int, int]] | None) -> None:
         """The metadata of some blocks (None: of the whole image) have changed."""
-        if ranges is None or sum(b - a + 1 for a, b in ranges) > len(self.hot) + len(self.readable.stores):
+        known = len(self.hot) + len(self.readable.stores) + len(self.readable.remote)
+        if ranges is None or sum(b - a + 1 for a, b in ranges) > known:
             self.hot.clear()
             self.readable.drop_all()
             return

@@ -130,6 +130,10 @@ class Peer:
             raise Unreachable(f"node {self.node} can't be reached: {self.reason}")
         return await self._ask({"op": op, "t": self._token, **fields}, payload, numbered)
 
+    def request(self, op: str, fields: Header, done: Done) -> bool:
+        """ask() without a task; false, and ``done`` is not called, when the session is not up.  Alters nothing."""
+        return self.state == UP and self._send({"op": op, "t": self._token, **fields}, None, done)
+
     async def _ask(self, header: Header, payload: Payload | None, numbered: bool) -> Answer:
         future: asyncio.Future[Answer] = self._loop.create_future()
 

@@ -1,6 +1,6 @@
-"""Which local replicas of an image may be read without another look, and which of them are lent to the frontend.
+"""Which replicas of an image may be read without another look, and which are lent to the frontend.
 
-Whatever may make a local replica unfit to be read takes its block out of here, and its loan with it.
+Whatever may make a replica unfit to be read takes its block out of here, and its loan with it.
 """
 
 from __future__ import annotations
@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ukai.blockd.image_store import ImageStore
+from ukai.blockd.peer import Peer
 from ukai.loans import NOT_LENT, ZEROS, Page
 
 
 class Readable:
-    """The blocks of one image that its coordinator reads here."""
+    """The blocks of one image that its coordinator has read."""
 
     def __init__(self, new_page: Callable[[], Page]) -> None:
         self.stores: dict[int, ImageStore | None] = {}
         """block → local replica that may be read; None: never written, reads as zeros."""
+        self.remote: dict[int, tuple[Peer, int]] = {}
+        """block → where else it may be read, if no local replica may, and the generation there."""
         self.page: Page | None = None
         """Made at the first loan."""
         self._new_page = new_page
@@ -24,11 +27,13 @@ class Readable:
 
     def drop(self, block: int) -> None:
         self.stores.pop(block, None)
+        self.remote.pop(block, None)
         if self.page is not None:
             self.page.numbers[block] = NOT_LENT
 
     def drop_all(self) -> None:
         self.stores.clear()
+        self.remote.clear()
         if self.page is not None:
             self.page.clear()
 

@@ -12,6 +12,7 @@ from ukai.blockd.peer import Payload
 from ukai.blockd.role import RETRY_S
 from ukai.errors import Busy, DiskError, NotCoordinator, NotReady, UkaiError, Unreachable
 from ukai.loans import Page
+from ukai.messages import Header
 from ukai.model import IN_SYNC, written
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Reads:
                     if block in c.readable.stores:
                         done(None, zeros(length), self._lendable(block))
                         return
+                    if self._ask(handle, block, within, offset, length, done):
+                        return
                 else:
                     try:
                         data = local.read_cached(block, within, length)
@@ -62,11 +65,26 @@ class Reads:
                     if data is not None:
                         done(None, data, self._lendable(block))
                         return
-        c.core.spawn(self._read_slow(handle, offset, length, done))
+        c.core.spawn(self._read_slow(handle, offset, length, done, c.now() + c.core.config.io_timeout))
 
-    async def _read_slow(self, handle: Handle, offset: int, length: int, done: ReadDone) -> None:
+    def _ask(self, handle: Handle, block: int, within: int, offset: int, length: int, done: ReadDone) -> bool:
+        """Ask the remote replica that may be read; false: there is none.  Where that fails, the slow path decides."""
         c = self._c
+        peer, generation = c.readable.remote.get(block, (None, 0))
+        if peer is None or c.behind.touches(block, within, within + length):
+            return False
         deadline = c.now() + c.core.config.io_timeout
+
+        def answered(error: UkaiError | None, _header: Header, data: Payload | None) -> None:
+            if error is None and data is not None and len(data) == length:
+                done(None, data, False)
+            else:
+                c.core.spawn(self._read_slow(handle, offset, length, done, deadline))
+
+        return peer.request("r", {"i": c.uuid, "b": block, "o": within, "l": length, "g": generation}, answered)
+
+    async def _read_slow(self, handle: Handle, offset: int, length: int, done: ReadDone, deadline: float) -> None:
+        c = self._c
         try:
             async with asyncio.timeout_at(deadline):
                 data = await self._read_anyhow(handle, offset, length, deadline)
@@ -200,7 +218,7 @@ class Reads:
                     data: Payload | None = store.read_cached(block, offset, length)
                     if data is None:
                         data = await c.core.replica.read(store, block, offset, length)
-                    if self._readable_here(block, good[node]):
+                    if self._readable_at(node, block, good[node]):
                         c.readable.stores[block] = store
                 elif c.behind.touches(block, offset, offset + length):
                     await c.behind.passed(block, offset, offset + length)  # only the local copy has it for certain
@@ -210,6 +228,8 @@ class Reads:
                     peer = c.core.peer(node)
                     await peer.settled()
                     _, data = await peer.ask("r", fields)
+                    if self._readable_at(node, block, good[node]):
+                        c.readable.remote[block] = peer, good[node]
             except DiskError as e:
                 errors[node] = e
                 continue
@@ -227,14 +247,14 @@ class Reads:
             return None
         raise await c.nowhere(block, errors)
 
-    def _readable_here(self, block: int, generation: int) -> bool:
-        """Whether the local replica is in-sync now, and will be read until something about the block changes."""
+    def _readable_at(self, node: str, block: int, generation: int) -> bool:
+        """Whether this replica is in-sync now, and will be read until something about the block changes."""
         c = self._c
-        replica = c.image.replica(c.own, block)
+        replica = c.image.replica(node, block)
         return (
             replica is not None
             and replica.status == IN_SYNC
             and replica.generation == generation
-            and c.own not in c.marker.suspects(block)
+            and node not in c.marker.suspects(block)
             and (block not in c.image.active or block in c.activity.warm)
         )
