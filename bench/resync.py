@@ -116,16 +116,25 @@ def _guest(cluster: Cluster, keep: Keep, state: str, runtime_s: float) -> dict[s
 
 
 def _change_limit(cluster: Cluster, keep: Keep) -> None:
-    """Another limit while the resync runs: what it copies from then on."""
+    """Another limit while the resync runs: what it copies from then on, from one of its reports to another."""
     cluster.ctl("sync", "rate", "resync", str(NEW_LIMIT_BYTES))
-    before, began = _job(cluster, "resync"), time.monotonic()
-
-    def watched() -> dict[str, Any] | None:
-        job = _job(cluster, "resync")
-        return job if time.monotonic() - began >= WATCH_S or job["state"] != "running" else None
-
-    after = wait_for(watched, "a stretch of the resync", WATCH_S * 3)
-    rate = (after["bytes_copied"] - before["bytes_copied"]) / (time.monotonic() - began)
+    wait_for(lambda: _job(cluster, "resync").get("rate_limit") == NEW_LIMIT_BYTES, "the new limit", WATCH_S)
+    copied_before, began = _report(cluster, began=time.monotonic(), after_s=0.0)
+    copied, ended = _report(cluster, began, WATCH_S)
+    rate = (copied - copied_before) / (ended - began)
     keep(Sample("resync", "rate-changed", round(rate / NEW_LIMIT_BYTES, 3), "of the new limit"))
     cluster.ctl("sync", "rate", "resync", "none")
     wait_for(lambda: _job(cluster, "resync")["state"] == "done", "the rest of the resync", SYNC_S)
+
+
+def _report(cluster: Cluster, began: float, after_s: float) -> tuple[int, float]:
+    """Bytes copied by the first report, one per beat, that comes so long after ``began``, and when it came."""
+    known = _job(cluster, "resync")["bytes_copied"]
+
+    def fresh() -> tuple[int, float] | None:
+        nonlocal known
+        before, known = known, _job(cluster, "resync")["bytes_copied"]
+        now = time.monotonic()
+        return (known, now) if known != before and now - began >= after_s else None
+
+    return wait_for(fresh, "a report of the resync", WATCH_S * 3)

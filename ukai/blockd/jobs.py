@@ -23,7 +23,7 @@ GROUP_BYTES = 256 * 2**20
 GROUP_BLOCKS = 256
 HASH_SPAN_BYTES = 16 * 2**20
 BLOCKS_AT_ONCE = 2
-RATE_SLICE_S = 0.05
+RATE_SLICE_S = 0.02
 PASSING = (Unreachable, NotReady, StaleSession)
 """An order waits for the end of these, and goes on where it was: a node is away, or its connection was made anew."""
 
