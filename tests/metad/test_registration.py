@@ -280,6 +280,24 @@ def test_a_process_that_has_not_seen_the_registration_of_another_comes_late_or_c
     at_desk(scene)
 
 
+def test_what_a_process_sent_before_its_node_was_refused_comes_late() -> None:
+    """Its node came back with the directory of another one, and metad reads the former connection last."""
+
+    async def scene(desk: Desk) -> None:
+        await desk.register(A)
+        await desk.register(B)
+        number = desk.core.sessions[A].number
+        report: dict[str, Any] = {"node": A, "boot_id": "boot", "highest_seq": 1, "serial": 1, "images": []}
+        with pytest.raises(Refused, match="put each node's data_root back"):
+            await desk.do("register", inc="another", store_id=f"store-{B}", n=1, **report)
+        seq = desk.core.cluster.seq
+        with pytest.raises(StaleSession, match="send it anew"):
+            await desk.do("register", inc=f"{A}-1", store_id=f"store-{A}", n=number, **report)
+        assert desk.core.cluster.seq == seq
+
+    at_desk(scene)
+
+
 def test_a_request_from_before_the_node_stored_its_serial_confirms_nothing() -> None:
     async def scene(desk: Desk) -> None:
         await desk.register(A)

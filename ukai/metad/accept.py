@@ -222,7 +222,7 @@ def node_accept(core: Core, fields: Header) -> Header:
         changes += acceptance.begin_anew(image, image.epoch + 1)
     row: Change = {"store_id": report.store_id, "boot_id": report.boot_id, "serial": report.serial, "inc": ""}
     core.commit([*changes, {"t": "node", "address": node, **row}], f"the data directory of {node} is accepted")
-    core.sessions.pop(node, None)
+    core.end_sessions([node])
     core.reports.pop(node, None)
     core.refused.pop(node, None)
     return {"accepted": accepted}

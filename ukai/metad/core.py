@@ -120,6 +120,8 @@ class Core:
         self.started = ports.now()
         self.started_wall = ports.wall()
         self.sessions: dict[str, Session] = {}
+        self.ended: dict[str, Session] = {}
+        """Of nodes that were refused since: what else that process has sent comes late."""
         self.behind: dict[str, int] = {}
         """node → metadata sequence it has seen and we have not (R12)."""
         self.reports: dict[str, Report] = {}
@@ -272,12 +274,18 @@ class Core:
         """The metadata was made to be the newest: all nodes register anew."""
         self.behind.clear()
         self.reports.clear()
-        self.sessions.clear()
+        self.end_sessions(self.sessions)
         self.counts.clear()
         self.acquiring.clear()
         self.pending.clear()
 
     # --- who lives
+
+    def end_sessions(self, nodes: Iterable[str]) -> None:
+        """These have to register anew."""
+        for node in list(nodes):
+            if (session := self.sessions.pop(node, None)) is not None:
+                self.ended[node] = session
 
     def up(self, node: str) -> bool:
         session = self.sessions.get(node)

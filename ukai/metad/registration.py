@@ -233,17 +233,18 @@ def register(core: Core, fields: Header) -> Header:
     faults.point("metad.register")
     cluster, node = core.cluster, report.node
     number, former = messages.integer(fields, "n", low=1), core.sessions.get(node)
-    if former is not None and former.inc == report.inc and number <= former.number:
-        raise StaleSession(f"registration {number} of node {node} came after request {former.number}; send it anew")
+    latest = former or core.ended.get(node)
+    if latest is not None and latest.inc == report.inc and number <= latest.number:
+        raise StaleSession(f"registration {number} of node {node} came after request {latest.number}; send it anew")
     if reason := refusal(cluster, report):
         core.refused[node] = reason
-        core.sessions.pop(node, None)
+        core.end_sessions([node])
         raise (Behind if report.cluster_id not in ("", cluster.cluster_id) else Refused)(reason)
     if not cluster.saw(report.highest_seq, report.maker):
         core.behind[node] = report.highest_seq
-    elif former is not None and former.inc != report.inc and since < former.began_seq:
+    elif latest is not None and latest.inc != report.inc and since < latest.began_seq:
         raise StaleSession(
-            f"node {node} has registered at change {former.began_seq}, this process of it has seen {since}: it ended "
+            f"node {node} has registered at change {latest.began_seq}, this process of it has seen {since}: it ended "
             "before, or has to catch up first"
         )
     if core.behind:
