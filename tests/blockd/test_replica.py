@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.blockd.conftest import OpenStore
+from tests.blockd.faults import FaultyDisk
 from tests.blockd.files import UUID, block_path, descriptors, new_image, pattern, write
 from ukai.blockd.files import HASH_BYTES, HOLE
 from ukai.blockd.image_store import ImageStore
@@ -18,6 +19,7 @@ from ukai.blockd.store import Store
 from ukai.errors import (
     BY_CODE,
     Damaged,
+    DiskError,
     NotReady,
     RemoteProtocolError,
     StaleEpoch,
@@ -303,6 +305,18 @@ def test_a_resync_makes_ready_writes_and_completes(sender: Sender, image: ImageS
     sender.send("d", e=1, b=0, g=9)
     assert sender.send("r", b=0, o=0, l=8192, g=9)[1] == pattern(8192, 1)
     assert image.unflushed == set()
+
+
+def test_making_ready_fails_where_it_can_not_be_stored_that_a_block_is_of_no_generation(
+    sender: Sender, image: ImageStore
+) -> None:
+    """Else a copy made in part would pass for the whole one after a power cut (R8, R11)."""
+    write(image, 0, 0, b"data", 5)
+    image.admit(1)
+    image.disk = FaultyDisk("sync", 1)
+    with pytest.raises(DiskError, match=r"fdatasync of .*\.ukai\.gen"):
+        sender.send("k", e=1, ranges=[[0, 0]])
+    sender.send("k", e=1, ranges=[[0, 0]])
 
 
 def test_a_late_repetition_of_making_ready_alters_no_good_block(sender: Sender, image: ImageStore) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.blockd.conftest import OpenStore
+from tests.blockd.faults import FaultyDisk
 from tests.blockd.files import (
     FORMAT,
     OTHER_UUID,
@@ -508,6 +509,34 @@ def test_a_block_that_begins_anew_can_be_flushed_again(image: ImageStore) -> Non
     image.disowned([(1, 1)])
     write(image, 1, 0, b"new", 7)
     assert flush(image, [1]) == {}
+
+
+def test_what_a_failed_fdatasync_of_generations_has_lost_is_written_again(
+    image: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes after it succeeds and stores nothing (R7)."""
+    path = Path(image.directory) / GENERATIONS
+    for block in (1, 2):
+        write(image, block, 0, b"data", 5)
+    before = path.stat().st_ino
+    image.disk = FaultyDisk("sync", 1)
+    with pytest.raises(DiskError):
+        image.disowned([(1, 1)])
+    written: list[int] = []
+    pwrite = image.disk.pwrite
+
+    def noted(fd: int, data: bytes, offset: int) -> int:
+        written.append(offset)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(image.disk, "pwrite", noted)
+    image.disowned([(1, 1)])
+    assert written == [8], "the order is carried out anew, not only said to be done"
+    with pytest.raises(DiskError, match="fdatasync of"):
+        image.check_generations()
+    assert flush(image, [2]) == {}
+    image.check_generations()
+    assert path.stat().st_ino != before, "those of the other blocks may have been lost as well"
 
 
 # --- resync (R11)

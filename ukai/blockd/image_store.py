@@ -679,20 +679,30 @@ class ImageStore:
         for first, last in ranges:
             for block in range(first, last + 1):
                 self.set_generation(block, generation)
-        try:
-            self.disk.fdatasync(self._gen_fd)
-        except OSError as e:
-            raise disk_error(e, f"{self.directory}/{GENERATIONS}") from e
+        self._sync_generations()
 
     def disowned(self, ranges: Iterable[tuple[int, int]]) -> None:
         """What lies here of some blocks is of no generation any more, and that is on the disk.  Raises DiskError."""
         for first, last in ranges:
             for block in range(first, last + 1):
-                self.disown(block)
+                if self.generations[block] or self._gen_lost:
+                    self.set_generation(block, 0)
+        self._sync_generations()
+
+    def _sync_generations(self) -> None:
+        """What was just written is on the disk; nothing is said of what a former fdatasync lost.  Raises DiskError."""
+        what = f"fdatasync of {self.directory}/{GENERATIONS}"
         try:
             self.disk.fdatasync(self._gen_fd)
         except OSError as e:
-            raise disk_error(e, f"{self.directory}/{GENERATIONS}") from e
+            error = disk_error(e, what)
+            self._gen_lost = error.message
+            raise error from e
+
+    def check_generations(self) -> None:
+        """Raises DiskError where the last flush could not store the generations (R7)."""
+        if self._gen_lost:
+            raise DiskError(self._gen_lost)
 
     def drop(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Delete block files: only on an administrator's order.  Raises DiskError."""

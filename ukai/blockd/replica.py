@@ -269,6 +269,7 @@ class Replica:
                 self._admit(image, epoch)
                 await self.renew_sums(image, block)
         await self.flush(image, [])
+        image.check_generations()
         self._admit(image, epoch)
         return {}, None
 
