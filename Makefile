@@ -55,6 +55,7 @@ cuts: setup
 soak-cases: setup
 	$(AS_ROOT) UKAI_REQUIRE_FUSE=1 UKAI_TEST_CASES=all $(BIN)/python -m pytest tests/processes/test_fault_points.py \
 	    tests/processes/test_cuts.py tests/processes/test_links.py tests/processes/test_state_machine.py tests/processes/test_matrix.py \
+	    tests/processes/test_disk_errors.py tests/metad/test_store.py tests/sim/test_disk_faults.py \
 	    -o faulthandler_timeout=3600 $(PYTEST_ARGS)
 
 format: setup

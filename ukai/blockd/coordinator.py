@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ukai.blockd.activity import Activity
 from ukai.blockd.behind import Behind
 from ukai.blockd.flush import Flusher
-from ukai.blockd.marks import Marker
+from ukai.blockd.marks import INTERRUPTED, Marker
 from ukai.blockd.readable import Readable
 from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
@@ -115,11 +115,13 @@ class Coordinator:
     async def _send_marks(self, marks: list[list[object]]) -> Header:
         reply = await self.ask_metad("mark", {"marks": marks})
         kept = [k[:3] for k in reply.get("kept", [])]
+        image = self.core.mirror.cluster.images.get(self.uuid)
         for node, first, last, reason in marks:
             if [node, first, last] in kept:
                 log.error("image %s: last copy, blocks %s-%s at node %s: %s", self.name(), first, last, node, reason)
-            else:
-                log.warning("image %s: blocks %s-%s at %s out-of-sync: %s", self.name(), first, last, node, reason)
+            elif image is not None and node in image.locations:  # it may have been removed meanwhile
+                level = logging.INFO if reason == INTERRUPTED else logging.WARNING
+                log.log(level, "image %s: blocks %s-%s at %s out-of-sync: %s", image.name, first, last, node, reason)
         return reply
 
     async def nowhere(self, block: int, errors: dict[str, UkaiError]) -> UkaiError:

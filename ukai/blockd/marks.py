@@ -18,6 +18,8 @@ from ukai.ranges import join
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.1
+INTERRUPTED = "resync interrupted"
+"""The reason of a mark that is no event of its own: what stopped the resync says so itself."""
 
 Send = Callable[[list[list[object]]], Awaitable[Header]]
 

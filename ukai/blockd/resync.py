@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ukai import faults
 from ukai.blockd.files import HASH_BYTES, HOLE, is_zeros
 from ukai.blockd.jobs import BLOCKS_AT_ONCE, GROUP_BLOCKS, GROUP_BYTES, HASH_SPAN_BYTES, PASSING, Run
+from ukai.blockd.marks import INTERRUPTED
 from ukai.blockd.peer import Payload
 from ukai.errors import DiskError, NotCoordinator, NotReady, StaleEpoch, UkaiError, Unreachable
 from ukai.messages import ranges
@@ -104,7 +105,7 @@ class Resync(Run):
         if not c.holds(self._epoch) or not self._begun:
             return
         marks = [
-            (block, target, "resync interrupted")
+            (block, target, INTERRUPTED)
             for target, block in self._begun
             if (r := c.image.replica(target, block)) is not None and r.status == SYNCING
         ]
