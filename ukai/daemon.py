@@ -31,13 +31,15 @@ EXIT_NOT_HERE = 64
 """metad on a node that is not metad's: supervisord takes it as expected."""
 
 PR_SET_IO_FLUSHER = 57
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 GC_OBJECTS = 20_000
 """New objects between two looks for cycles.  Python's 700 made a large snapshot of the metadata cost four times as
 much: it is all new, and has no cycles."""
 KEPT_BYTES = 16 * 2**20
 LARGEST_BYTES = 16 * 2**20
 """Beyond it a piece of memory is given back to the kernel as soon as it is free."""
+ARENAS = 4
+"""Each of malloc's heaps keeps memory of its own, and libfuse has many threads."""
 
 
 class Server(Protocol):
@@ -64,6 +66,7 @@ def keep_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
         libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_BYTES)
+        libc.mallopt(_M_ARENA_MAX, ARENAS)
 
 
 def main(
