@@ -134,3 +134,23 @@ def test_core_is_pure() -> None:
         *("__future__", "collections.abc", "dataclasses", "enum", "errno", "typing"),
         *("ukai.errors", "ukai.frontend.shortcut", "ukai.model"),
     }
+
+
+def test_an_overdue_write_holds_back_its_image_until_it_is_answered_or_lost() -> None:
+    overdue: core.Overdue[str] = core.Overdue(10.0)
+    answered: set[str] = set()
+    overdue.hold("one", "a", 0.0)
+    overdue.hold("one", "b", 1.0)
+    overdue.hold("two", "c", 1.0)
+    assert overdue.let_go(29.0, False, answered.__contains__) == []
+    answered.add("b")
+    assert overdue.let_go(29.0, False, answered.__contains__) == ["b"]
+    assert overdue.by_image.keys() == {"one", "two"}
+    assert overdue.let_go(30.0, False, answered.__contains__) == ["a"], "not answered for so long, it never got there"
+    assert overdue.by_image.keys() == {"two"}
+    assert overdue.let_go(31.0, True, answered.__contains__) == [], "whoever answers nothing may be frozen"
+    assert overdue.let_go(60.9, False, answered.__contains__) == []
+    assert overdue.let_go(61.0, False, answered.__contains__) == ["c"]
+    overdue.hold("one", "d", 70.0)
+    assert overdue.clear() == ["d"]
+    assert not overdue.by_image

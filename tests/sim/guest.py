@@ -113,7 +113,9 @@ class Guest:
                 register.busy = True
             try:
                 if kind < 0.5:
-                    await self.write(first, count, discard=kind > 0.46)
+                    good = await self.write(first, count, discard=kind > 0.46)
+                    if not good and self.running:
+                        await self.write(first, count)  # as QEMU does when the machine is told to go on
                 else:
                     await self.read(first, count)
             finally:

@@ -22,6 +22,7 @@ from ukai.blockd.readable import Readable
 from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
 from ukai.errors import NoSpace, UkaiError
+from ukai.frontend.core import Overdue
 from ukai.frontend.shortcut import Loan, Shortcut
 from ukai.loans import NOT_LENT
 from ukai.metad import acceptance, registration, replicas, roles
@@ -535,6 +536,10 @@ def _older_metadata_believed() -> list[Patch]:
     ]  # fmt: skip
 
 
+def _overdue_forgotten() -> list[Patch]:
+    return [(Overdue, "hold", _nothing)]
+
+
 DIFFERS, LACKS, STORED, READS = "is not active and differs", "does not have it", "has not stored it", "possible were"
 SPOILT = (READS, "is torn", "in-sync and verified")
 
@@ -605,6 +610,14 @@ MUTATIONS = (
     Mutation("R6", "any number is taken", _any_number, _world("migrate", repeat=0.05), (DIFFERS, READS, LACKS, STORED)),
     Mutation(
         "R6", "any session is taken", _any_session, _world("migrate", repeat=0.05), (DIFFERS, READS, LACKS, STORED)
+    ),
+    Mutation(
+        "R6",
+        "overdue writes hold back nothing",
+        _overdue_forgotten,
+        _world("long freeze", rare=["long freeze"], threads=4),
+        (READS, LACKS),
+        12.0,
     ),
     Mutation("R7", "only the local disk is flushed", _flush_here_only, _world("migrate"), (STORED,)),
     Mutation("R7", "a failed flush is ignored", _failed_flush_ignored, _world("disk"), (STORED,)),

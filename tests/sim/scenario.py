@@ -194,6 +194,11 @@ class Scenario:
             if world.blockds[node].alive and not world.blockds[node].process.frozen:
                 world.freeze(node)
                 loop.call_later(chance.uniform(0.1, 4), world.thaw, node)
+        elif kind == "long freeze":  # longer than a request may take: its guest's writes are overdue
+            home = self.guest.frontend.node if self.guest is not None else node
+            if world.blockds[home].alive and not world.blockds[home].process.frozen:
+                world.freeze(home)
+                loop.call_later(CONFIG.io_timeout + chance.uniform(0.2, 3), world.thaw, home)
         elif kind == "power":
             await self._power_cut(node)
         elif kind == "disk":
@@ -273,7 +278,7 @@ class Scenario:
         with_guest = guest is not None and guest.frontend.node == node
         if guest is not None and with_guest:
             self.guest = None
-            guest.running, guest.dead, guest.frontend.closed = False, True, True
+            guest.running, guest.dead = False, True
         world.kill_blockd(node, power=True)
         if world.early is not None:
             world.early.power_cut(node)
@@ -358,7 +363,8 @@ class Scenario:
         self.guest = None
         world.freeze(home)
         await asyncio.sleep(world.chance.uniform(0, 0.1))  # what it asks for now is done when it is thawed, or not
-        old.running, old.dead, old.frontend.closed = False, True, True
+        old.running, old.dead = False, True
+        world.lose_frontend(home)
         for task in old.tasks:
             task.cancel()
         await self._quiet()
@@ -737,7 +743,7 @@ FAULTS = (
     "kill blockd", "kill metad", "cut", "freeze", "power", "disk", "full", "database", "sync", "stop sync", "migrate",
     "zombie", "location",
 )  # fmt: skip
-RARE = ("slow disk", "takeover", "split", "block file", "old directory", "swap", "old metad", "rot")
+RARE = ("slow disk", "takeover", "split", "block file", "old directory", "swap", "old metad", "rot", "long freeze")
 """Drawn apart, so that they leave the chances of the others as they are."""
 OLD_COPY_S = CONFIG.active_age + 1.0
 """How old a copy of a directory must be to be found out: by then each block that is written was announced anew."""

@@ -5,6 +5,7 @@ clocks, connections and disks.  Everything that happens follows from one seed.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import random
@@ -22,8 +23,10 @@ from ukai.blockd.core import Ports as BlockPorts
 from ukai.blockd.store import Store
 from ukai.config import Config
 from ukai.errors import NotFound, NotReady, StaleHandle, Timeout, UkaiError, Unreachable
-from ukai.frontend.core import Verdict, after_error, pause_s
+from ukai.frontend.client import CLOSE_WAIT_S
+from ukai.frontend.core import Overdue, Verdict, after_error, pause_s
 from ukai.frontend.shortcut import Loan, Shortcut
+from ukai.frontend.watch import SILENT_QUESTIONS
 from ukai.loans import NOT_LENT
 from ukai.messages import Header
 from ukai.metad import ops
@@ -192,11 +195,32 @@ class Blockd:
         self.disk = world.disks[node]
         self.asked: dict[asyncio.Future[Any], None] = {}
         """Requests of frontends that are not answered."""
+        self._inbox: list[Callable[[], None]] = []
+        """Those that came while it was frozen."""
         within(self.process, self._start)
 
     @property
     def alive(self) -> bool:
         return self.process.alive
+
+    def arrives(self, serve: Callable[[], None]) -> None:
+        """A request of a frontend."""
+        if self.process.frozen:
+            self._inbox.append(serve)
+        else:
+            asyncio.get_running_loop().call_soon(serve, context=self.process.context)
+
+    def thaw(self) -> None:
+        """SIGCONT.  Each request of a frontend has a connection of its own, so those that wait have no order."""
+        inbox, self._inbox = self._inbox, []
+        chance = self.world.chance
+        chance.shuffle(inbox)
+        if timers_first := chance.random() < 0.5:
+            thaw(self.process)
+        for serve in inbox:
+            asyncio.get_running_loop().call_soon(serve, context=self.process.context)
+        if not timers_first:
+            thaw(self.process)
 
     def _start(self) -> None:
         world = self.world
@@ -448,6 +472,7 @@ class World:
         self.disks = {n: SimDisk(random.Random(f"{seed} {n}")) for n in NODES}
         self.boots = {n: f"boot {n} 0" for n in NODES}
         self.blockds: dict[str, Blockd] = {}
+        self._frontends: dict[str, FrontendProcess] = {}
         self.pages: dict[str, list[SimPage]] = {n: [] for n in NODES}
         self.direct = False
         """Whether frontends read lent block files."""
@@ -505,6 +530,18 @@ class World:
             page.end()
         self.pages[node].clear()
 
+    def frontend(self, node: str) -> FrontendProcess:
+        """The frontend of a node; one that was lost is started anew."""
+        if node not in self._frontends:
+            self._frontends[node] = FrontendProcess(self, node)
+        return self._frontends[node]
+
+    def lose_frontend(self, node: str) -> None:
+        """It says nothing any more."""
+        lost = self._frontends.pop(node, None)
+        if lost is not None:
+            lost.end()
+
     def kill_blockd(self, node: str, power: bool = False) -> None:
         server = self.blockds.get(node)
         if server is not None and server.alive:
@@ -515,6 +552,7 @@ class World:
                 asyncio.get_running_loop().call_later(DEATH_SEEN_S, _broken, future, context=NOBODY)
             if power:
                 self.powerless.add(node)
+                self.lose_frontend(node)
                 for page in self.pages[node]:
                     page.end()  # whoever reads there has lost power too
                 self.disks[node].power_cut()
@@ -534,7 +572,7 @@ class World:
     def thaw(self, node: str) -> None:
         if self.blockds[node].process.frozen:
             self.note(f"thaw {node}")
-            thaw(self.blockds[node].process)
+            self.blockds[node].thaw()
 
     # --- requests
 
@@ -714,62 +752,140 @@ def _resolve(future: asyncio.Future[Any], result: Any) -> None:
         future.set_result(result)
 
 
-class Frontend:
-    """The frontend's decisions about one handle on one node, with the blockd of that node over ipc."""
+class Sent:
+    """A write that blockd has not answered in time."""
 
-    def __init__(self, world: World, node: str, image: str = "disk") -> None:
-        self.world, self.node, self.image = world, node, image
+    def __init__(self, shortcut: Shortcut, offset: int, length: int) -> None:
+        self.answered = False
+        self._shortcut, self._key = shortcut, shortcut.write_begins(offset, length)
+
+    def drop(self) -> None:
+        self._shortcut.write_ends(self._key)
+
+
+class FrontendProcess:
+    """What the handles of one node share: loans, overdue writes, and who tells blockd what is open."""
+
+    def __init__(self, world: World, node: str) -> None:
+        self.world, self.node = world, node
         self.name = f"frontend{next(world.numbers)}"
-        self.number = next(world.numbers)
-        self.epoch = -1
-        self.block_size = 1
-        self.at = ""
-        self.stale = ""
-        self.closed = False
-        self.shortcut = Shortcut()
-        self.overdue: list[tuple[int, Blockd]] = []
-        """Writes that were not answered in time: their keys, and to whom they were sent."""
+        self.inc = ""
+        """The blockd process that runs, as far as it knows."""
+        self.overdue: Overdue[Sent] = Overdue(CONFIG.io_timeout)
+        self.open: dict[int, Frontend] = {}
+        self._shortcuts: dict[str, Shortcut] = {}
+        self._closing: set[int] = set()
+        self._unanswered = 0
+        self._watching = False
 
-    async def keep(self) -> None:
-        """Say each beat that the handle is open."""
-        while not self.closed:
+    def shortcut(self, image: str) -> Shortcut:
+        return self._shortcuts.setdefault(image, Shortcut())
+
+    async def watch(self) -> None:
+        """Say each beat what is open and what is not any more, while there is anything to say."""
+        if self._watching:
+            return
+        self._watching = True
+        while self.open or self._closing:
+            self.look_around()
             await asyncio.sleep(CONFIG.beat_interval)
+            numbers = [f.number for f in self.open.values() if f.at == self.inc]
             try:
-                await self._exchange({"op": "beat", "frontend": self.name, "handles": [self.number]}, None, 1.0)
+                beat = {"op": "beat", "frontend": self.name, "inc": self.inc, "handles": numbers}
+                reply, _ = await self.exchange(beat, None, 1.0)
+                self._unanswered = 0
+                self.arrived(reply["inc"])
+                for number in list(self._closing):
+                    await self.exchange({"op": "close", "h": number, "inc": self.inc}, None, 1.0)
+                    self._closing.discard(number)
             except UkaiError:
-                continue
+                self._unanswered += 1
+        self._watching = False
 
-    async def _exchange(self, header: Header, payload: bytes | None, timeout_s: float) -> tuple[Header, Any]:
-        """Over ipc: nothing is lost but by the death of a process.  Raises Unreachable when blockd is gone."""
+    def end(self) -> None:
+        self.open.clear()
+        self._closing.clear()
+
+    def arrived(self, inc: str) -> None:
+        """What was sent to another blockd process than this is lost with it."""
+        if inc != self.inc:
+            self.inc = inc
+            self._closing.clear()
+            for sent in self.overdue.clear():
+                sent.drop()
+
+    def look_around(self) -> None:
+        now, silent = asyncio.get_running_loop().time(), self._unanswered >= SILENT_QUESTIONS
+        for sent in self.overdue.let_go(now, silent, lambda sent: sent.answered):
+            sent.drop()
+
+    async def close(self, number: int) -> None:
+        self.open.pop(number, None)
+        self._closing.add(number)
+        try:
+            await self.exchange({"op": "close", "h": number, "inc": self.inc}, None, CLOSE_WAIT_S)
+        except UkaiError as e:
+            self.world.note(f"close waits: {e.message}")
+            return
+        self._closing.discard(number)
+
+    async def exchange(
+        self, header: Header, payload: bytes | None, timeout_s: float, writes: str = ""
+    ) -> tuple[Header, Any]:
+        """Over ipc: nothing is lost but by the death of a process; ``writes``: the image that a write alters.
+
+        Raises Unreachable when blockd is gone, Timeout; errors of the reply.
+        """
         loop = asyncio.get_running_loop()
         server = self.world.blockds.get(self.node)
         if server is None or not server.alive:
             raise Unreachable("blockd is away")
         future: asyncio.Future[tuple[Header, Any]] = loop.create_future()
-        late: list[int] = []
+        late: list[Sent] = []
 
         def reply(fields: Header, data: Any) -> None:
-            for key in late:
-                self.shortcut.write_ends(key)
+            for sent in late:
+                sent.answered = True
             copy = unpackb(messages.pack(dict(fields)))
             kept = None if data is None else bytes(data)
             loop.call_later(0.00005, _resolve, future, (copy, kept), context=NOBODY)
 
         asked = unpackb(messages.pack(dict(header)))
-        loop.call_soon(server.core.frontends.answer, asked, payload, reply, context=server.process.context)
+
+        server.arrives(functools.partial(server.core.frontends.answer, asked, payload, reply))
         server.asked[future] = None
         try:
             async with asyncio.timeout(timeout_s):
                 fields, data = await future
         except TimeoutError:
-            if header["op"] in ("w", "z"):
-                late.append(self.shortcut.write_begins(header["o"], header.get("l", len(payload or b""))))
-                self.overdue += [(key, server) for key in late]
+            if writes and header["inc"] == self.inc:
+                length = header.get("l", len(payload or b""))
+                late.append(Sent(self.shortcut(writes), header["o"], length))
+                self.overdue.hold(writes, late[0], loop.time())
             raise Timeout("no answer from blockd") from None
         finally:
             server.asked.pop(future, None)
         messages.raise_error(fields)
         return fields, data
+
+
+class Frontend:
+    """The frontend's decisions about one handle on one node."""
+
+    def __init__(self, world: World, node: str, image: str = "disk") -> None:
+        self.world, self.node, self.image = world, node, image
+        self.process = world.frontend(node)
+        self.number = next(world.numbers)
+        self.epoch = -1
+        self.block_size = 1
+        self.at = ""
+        self.stale = ""
+        self.shortcut = self.process.shortcut(image)
+        self.process.open[self.number] = self
+
+    async def keep(self) -> None:
+        """Have its process say each beat what is open."""
+        await self.process.watch()
 
     async def request(self, header: Header, payload: bytes | None, op_changes: bool) -> Any:
         """One request, as often as it takes, within io_timeout.  Raises UkaiError for what the guest sees as EIO."""
@@ -787,10 +903,6 @@ class Frontend:
     async def _direct(self, offset: int, length: int) -> bytes | None:
         """Read a lent block file; any time may pass between the looks at the page."""
         loop = asyncio.get_running_loop()
-        for key, server in self.overdue:
-            if not server.alive:
-                self.shortcut.write_ends(key)
-        self.overdue = [(key, server) for key, server in self.overdue if server.alive]
         block, within_block = divmod(offset, self.block_size)
         if within_block + length > self.block_size:
             return None
@@ -836,14 +948,17 @@ class Frontend:
     async def _request(self, header: Header, payload: bytes | None, op_changes: bool) -> Any:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + CONFIG.io_timeout
+        writes = self.image if header["op"] in ("w", "z") else ""
         for attempt in itertools.count():
             if self.stale and op_changes:
                 raise StaleHandle(self.stale)
             try:
                 if not self.at:
                     await self._open(deadline)
+                if writes:
+                    await self._await_overdue(deadline)
                 fields = {**header, "h": self.number, "inc": self.at}
-                reply, data = await self._exchange(fields, payload, deadline - loop.time())
+                reply, data = await self.process.exchange(fields, payload, deadline - loop.time(), writes)
                 if reply.get("lend") and self.world.direct:
                     await self._borrow(header["o"] // self.block_size)
                 return data
@@ -865,17 +980,24 @@ class Frontend:
                 await asyncio.sleep(pause_s(attempt))
         raise AssertionError
 
+    async def _await_overdue(self, deadline: float) -> None:
+        while self.image in self.process.overdue.by_image:
+            self.world.count("writes held back")
+            self.process.look_around()
+            if asyncio.get_running_loop().time() >= deadline:
+                raise Timeout("an earlier write has not been answered yet")
+            await asyncio.sleep(0.05)
+
     async def _open(self, deadline: float) -> None:
         left = deadline - asyncio.get_running_loop().time()
-        hello, _ = await self._exchange({"op": "hello", "frontend": self.name}, None, left)
-        header = {"op": "open", "frontend": self.name, "h": self.number, "image": self.image, "epoch": self.epoch}
-        reply, _ = await self._exchange({**header, "inc": hello["inc"]}, None, left)
+        hello, _ = await self.process.exchange({"op": "hello", "frontend": self.process.name}, None, left)
+        self.process.arrived(hello["inc"])
+        header = {"op": "open", "frontend": self.process.name, "h": self.number, "image": self.image}
+        fields = {**header, "epoch": self.epoch, "inc": hello["inc"]}
+        reply, _ = await self.process.exchange(fields, None, left)
         self.epoch, self.block_size = reply["epoch"], reply["block_size"]
         self.at = hello["inc"]
 
     async def close(self) -> None:
-        self.closed = True
-        try:
-            await self._exchange({"op": "close", "h": self.number, "inc": self.at}, None, 1.0)
-        except UkaiError:
-            self.world.note("close was not answered")
+        """As the kernel does when the guest is gone: what it was not answered in time may be under way still."""
+        await self.process.close(self.number)

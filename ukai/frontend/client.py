@@ -6,9 +6,7 @@ thread-locals don't survive between callbacks.  A socket whose request has no re
 While a request waits, its thread looks every slice whether the process that it was sent to is still the running
 one; ``Watch`` knows.
 
-A write that got no reply within its time may yet be done, by a blockd that was frozen, say, and connections have no
-order among each other.  So further writes to that image wait until it is answered or its blockd is gone: else it
-could overwrite what was written later.  A blockd that answers all else for long enough has lost it.
+A write that got no reply within its time holds back further writes to that image (``core.Overdue``).
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import zmq
 from ukai import messages
 from ukai.errors import RemoteProtocolError, StaleHandle, Timeout, UkaiError, Unreachable, from_wire
 from ukai.frontend.borrower import Borrower
-from ukai.frontend.core import Handle, Verdict, after_error, pause_s
+from ukai.frontend.core import Handle, Overdue, Verdict, after_error, pause_s
 from ukai.frontend.shortcut import Shortcut
 from ukai.frontend.watch import Watch, dealer
 from ukai.messages import Header
@@ -36,9 +34,6 @@ log = logging.getLogger(__name__)
 
 IDLE_CHANNELS = 64
 CLOSE_WAIT_S = 2.0
-HOLD_TIMEOUTS = 3
-"""blockd answers each request within io_timeout of its arrival; what it has not answered after so many of them,
-while it was not silent, it never got."""
 
 _SNDMORE, _RCVMORE, _DONTWAIT = int(zmq.SNDMORE), int(zmq.RCVMORE), int(zmq.DONTWAIT)
 _CHANGES_DATA = ("w", "z")
@@ -51,14 +46,13 @@ class _Gone(Exception):
 class Channel:
     """One connected DEALER; belongs to one thread at a time."""
 
-    __slots__ = ("busy_bytes", "held_until", "number", "on_drop", "socket")
+    __slots__ = ("busy_bytes", "number", "on_drop", "socket")
 
     def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
         self.socket = dealer(context, endpoint)
         self.number = 0
         self.busy_bytes = -1
         """Bytes of the request under way; −1: none."""
-        self.held_until = 0.0
         self.on_drop: Callable[[], None] | None = None
 
 
@@ -84,7 +78,7 @@ class Client:
         self._free: list[Channel] = []
         self._all: set[Channel] = set()
         self._changed = threading.Condition(threading.RLock())
-        self._overdue: dict[str, list[Channel]] = {}
+        self._overdue: Overdue[Channel] = Overdue(io_timeout_s)
         self._numbers = itertools.count((secrets.randbits(30) << 32) + 1)
         self._handles: dict[int, Handle] = {}
         self._closing: set[int] = set()
@@ -224,7 +218,7 @@ class Client:
             if handle is not None:
                 if handle.at != inc or not inc or (handle.stale and into is None):
                     inc = self._bring(handle, deadline)
-                if self._overdue and changes_data:
+                if changes_data and self._overdue.by_image:
                     self._await_overdue(handle, deadline)
             elif not inc:
                 inc = self._await_blockd(deadline)
@@ -376,7 +370,7 @@ class Client:
 
     def _await_overdue(self, handle: Handle, deadline: float) -> None:
         with self._changed:
-            while handle.disk.uuid in self._overdue:
+            while handle.disk.uuid in self._overdue.by_image:
                 left = deadline - time.monotonic()
                 if left <= 0 or self._closed:
                     raise Timeout(f"an earlier write to {handle.disk.name} has not been answered yet")
@@ -385,10 +379,9 @@ class Client:
     def _hold(self, writer: Handle, offset: int, length: int, channel: Channel, inc: str) -> None:
         with self._changed:
             if self._inc == inc and not self._closed:
-                channel.held_until = time.monotonic() + HOLD_TIMEOUTS * self._io_timeout_s
                 key = writer.shortcut.write_begins(offset, length)  # it may yet be done: no direct read may see it
                 channel.on_drop = functools.partial(writer.shortcut.write_ends, key)
-                self._overdue.setdefault(writer.disk.uuid, []).append(channel)
+                self._overdue.hold(writer.disk.uuid, channel, time.monotonic())
                 return
         self._drop(channel)
 
@@ -408,9 +401,8 @@ class Client:
 
     def _drop_held(self) -> None:
         with self._changed:
-            for channel in itertools.chain.from_iterable(self._overdue.values()):
+            for channel in self._overdue.clear():
                 self._drop(channel)
-            self._overdue.clear()
 
     # -- what Watch tells
 
@@ -436,21 +428,17 @@ class Client:
         """Let go what waits for an overdue write that has been answered meanwhile, and loans that were taken back."""
         if self._borrower is not None:
             self._borrower.look_around()
-        if not self._overdue:
+        if not self._overdue.by_image:
             return
-        now = time.monotonic()
         with self._changed:
-            for uuid, channels in list(self._overdue.items()):
-                for channel in list(channels):
-                    if self._watch.silent:
-                        channel.held_until = now + HOLD_TIMEOUTS * self._io_timeout_s
-                    try:
-                        channel.socket.recv_multipart(_DONTWAIT)
-                    except zmq.Again:
-                        if now < channel.held_until:
-                            continue
-                    channels.remove(channel)
-                    self._drop(channel)
-                if not channels:
-                    del self._overdue[uuid]
+            for channel in self._overdue.let_go(time.monotonic(), self._watch.silent, _answered):
+                self._drop(channel)
             self._changed.notify_all()
+
+
+def _answered(channel: Channel) -> bool:
+    try:
+        channel.socket.recv_multipart(_DONTWAIT)
+    except zmq.Again:
+        return False
+    return True

@@ -16,14 +16,16 @@ has said that it did nothing.  So none is executed behind the back of a later on
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ukai.errors import NoSpace, StaleHandle, StaleSession, UkaiError
 from ukai.frontend.shortcut import Shortcut
 from ukai.model import Image
+
+T = TypeVar("T")
 
 NEW_HANDLE_EPOCH = -1
 
@@ -40,6 +42,10 @@ ZERO_PIECE_BYTES = 2**30
 
 PAUSE_FIRST_S = 0.02
 PAUSE_LAST_S = 0.25
+
+HOLD_TIMEOUTS = 3
+"""blockd answers each request within io_timeout of its arrival; what it has not answered after so many of them,
+while it was not silent, it never got."""
 
 REFUSED = {
     "mknod": errno.EPERM,
@@ -94,6 +100,45 @@ class Handle:
     reads: Any = None
     writes: Any = None
     """Statistics, kept here to save a look-up per request."""
+
+
+class Overdue(Generic[T]):
+    """Writes that got no answer within their time, by image.
+
+    Each may yet be done, by a blockd that was frozen, say, and connections have no order among each other.  So no
+    other write of the image is sent until it is answered or its blockd is gone: else it could overwrite what was
+    written later.  A blockd that answers all else for long enough has lost it.
+    """
+
+    def __init__(self, io_timeout_s: float) -> None:
+        self._hold_s = HOLD_TIMEOUTS * io_timeout_s
+        self.by_image: dict[str, list[tuple[T, float]]] = {}
+        """uuid → (what the write is known by, held until)."""
+
+    def hold(self, uuid: str, write: T, now: float) -> None:
+        self.by_image.setdefault(uuid, []).append((write, now + self._hold_s))
+
+    def let_go(self, now: float, silent: bool, answered: Callable[[T], bool]) -> list[T]:
+        """Those that hold back nothing any more; ``silent``: blockd has not answered anything for a while."""
+        gone: list[T] = []
+        for uuid, held in list(self.by_image.items()):
+            kept = []
+            for write, until in held:
+                until = now + self._hold_s if silent else until
+                if answered(write) or now >= until:
+                    gone.append(write)
+                else:
+                    kept.append((write, until))
+            self.by_image[uuid] = kept
+            if not kept:
+                del self.by_image[uuid]
+        return gone
+
+    def clear(self) -> list[T]:
+        """The blockd that they were sent to is gone; all of them."""
+        gone = [write for held in self.by_image.values() for write, _ in held]
+        self.by_image.clear()
+        return gone
 
 
 class Verdict(Enum):
