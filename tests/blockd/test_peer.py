@@ -489,3 +489,22 @@ def test_an_asker_that_gave_up_does_not_disturb_the_others() -> None:
         assert net.peer.state == UP
 
     with_net(story)
+
+
+@pytest.mark.expect_log("defect while the session with node")
+def test_all_hear_of_the_end_of_a_session_though_one_can_not_take_it() -> None:
+    """A request that nobody answers any more would hold up its block for good, and so would a node without sessions."""
+
+    async def story(net: Net) -> None:
+        def broken(*_: object) -> None:
+            raise KeyError("a defect")
+
+        await net.up()
+        outcome = Outcome()
+        assert net.peer.numbered({"op": "w"}, b"x", broken)
+        assert net.peer.numbered({"op": "w"}, b"x", outcome)
+        await net.until(lambda: bool(outcome.got), REPLICA_TIMEOUT_S + 1)
+        assert outcome.code == "unreachable"
+        await net.until(lambda: net.peer.state == UP and len(net.wires) == 2)
+
+    with_net(story)

@@ -274,7 +274,10 @@ class Peer:
         waiting, self._waiting = self._waiting, {}
         self.inflight_bytes = 0
         for _, _, done in waiting.values():
-            done(Unreachable(f"node {self.node}: {reason}"), {}, None)
+            try:
+                done(Unreachable(f"node {self.node}: {reason}"), {}, None)
+            except Exception:  # the others must hear of it all the same
+                log.exception("defect while the session with node %s ended", self.node)
 
     def close(self) -> None:
         self._task.cancel()
