@@ -41,7 +41,15 @@ class World:
         )
         self.behind = SimpleNamespace(ops={}, settled=self._settled)
         coordinator = SimpleNamespace(
-            own=OWN, uuid="u", epoch=3, hot={}, image=image, core=core, mark=self._mark, behind=self.behind
+            own=OWN,
+            uuid="u",
+            epoch=3,
+            held=True,
+            hot={},
+            image=image,
+            core=core,
+            mark=self._mark,
+            behind=self.behind,
         )
         self.flusher = Flusher(cast(Coordinator, coordinator))
 
@@ -67,6 +75,11 @@ class World:
             raise self.mark_error
         self.marked += marks
         return [k for k in self.kept if any((b, n) == k for b, n, _ in marks)]
+
+
+def through(block: int) -> Any:
+    """A synchronous write to a block of both nodes."""
+    return SimpleNamespace(block=block, took=False, failed={}, hot=SimpleNamespace(nodes=(OTHER, OWN), clean=False))
 
 
 def with_world(story: Callable[[World], Coroutine[Any, Any, None]]) -> None:
@@ -197,5 +210,84 @@ def test_a_reboot_during_a_flush_loses_what_the_flush_has_taken() -> None:
         world.gate.set()
         with pytest.raises(DiskError, match="was started anew before block 1"):
             await flush
+
+    with_world(story)
+
+
+def test_a_synchronous_write_covers_what_its_block_had_to_be_flushed() -> None:
+    async def story(world: World) -> None:
+        flusher, op = world.flusher, through(1)
+        assert flusher.clean()
+        flusher.dirty(1, (OWN, OTHER))
+        assert flusher.covers(1)
+        assert not flusher.covers(2)
+        assert not flusher.clean()
+        flusher.through_begins(op)
+        assert op.took
+        assert op.hot.clean, "the next write has to be flushed again"
+        assert not flusher.clean()
+        assert flusher.needed([1])
+        assert not flusher.covers(2), "what it has taken was acknowledged before, and is not flushed yet"
+        assert flusher.covers(1)
+        flusher.through_ended(op)
+        assert flusher.clean()
+        await flusher.flush()
+        assert world.flushed == []
+
+    with_world(story)
+
+
+def test_a_synchronous_write_that_failed_anywhere_has_flushed_nothing() -> None:
+    async def story(world: World) -> None:
+        flusher, op = world.flusher, through(1)
+        flusher.dirty(1, (OWN,))
+        flusher.through_begins(op)
+        op.failed = {OTHER: Unreachable("cut")}
+        flusher.through_ended(op)
+        assert not flusher.clean()
+        await flusher.flush()
+        assert sorted(world.flushed) == [(OWN, [1]), (OTHER, [1])]
+
+    with_world(story)
+
+
+def test_an_fsync_beside_a_synchronous_write_flushes_what_that_has_taken() -> None:
+    async def story(world: World) -> None:
+        flusher, op, fresh = world.flusher, through(1), through(2)
+        flusher.dirty(1, (OWN,))
+        flusher.through_begins(op)
+        flusher.through_begins(fresh)
+        await flusher.flush()
+        assert sorted(world.flushed) == [(OWN, [1]), (OTHER, [1])]
+
+    with_world(story)
+
+
+def test_while_a_flush_is_under_way_nothing_is_covered() -> None:
+    async def story(world: World) -> None:
+        world.gate.clear()
+        world.flusher.dirty(1, (OWN,))
+        flush = asyncio.create_task(world.flusher.flush())
+        await asyncio.sleep(0)
+        assert not world.flusher.clean()
+        assert not world.flusher.covers(2)
+        world.gate.set()
+        await flush
+        assert world.flusher.clean()
+        assert world.flusher.covers(2)
+
+    with_world(story)
+
+
+@pytest.mark.expect_log("was started anew before block 1")
+def test_a_reboot_loses_what_a_synchronous_write_has_taken() -> None:
+    async def story(world: World) -> None:
+        world.flusher.dirty(1, (OTHER,))
+        world.flusher.through_begins(through(1))
+        world.flusher.rebooted(OTHER)
+        assert not world.flusher.clean()
+        assert not world.flusher.covers(1)
+        with pytest.raises(DiskError, match="was started anew before block 1"):
+            await world.flusher.flush()
 
     with_world(story)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from ukai.messages import Header, pack, unpack
 
 A, B = "192.0.2.1", "192.0.2.2"
 TOKEN = 5000
-NUMBERED = ("w", "z", "g", "f", "d", "k")
+NUMBERED = ("w", "ws", "z", "g", "f", "d", "k")
 SESSION = ("fence", "r", "h", "usage")
 PLAIN = ("hello", "ping")
 
@@ -360,17 +362,89 @@ def test_a_flush_that_fails_names_the_blocks(sender: Sender, image: ImageStore) 
         sender.send("d", e=1, b=1, g=7)
 
 
-def test_a_flush_beside_one_that_failed_is_no_success(image: ImageStore) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_flush_beside_one_that_failed_is_no_success(
+    image: ImageStore, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """The kernel tells of an error once, and the thread that was told may be heard last."""
     write(image, 0, 0, b"x", 7)
     replica = new_replica(image.store)
+    errors = [OSError(errno.EIO, "EIO")]
+
+    def fdatasync(fd: int) -> None:
+        if errors and os.fstat(fd).st_size == 8192:
+            raise errors.pop()
+
+    monkeypatch.setattr(image.disk, "fdatasync", fdatasync)
 
     async def run_disk(function: Callable[..., Any], *args: Any) -> Any:
+        first = bool(errors)
         result = function(*args)
-        image.flush_end({0: "the error that was meant for both"})
+        for _ in range(10 if first else 1):
+            await asyncio.sleep(0)
         return result
 
     replica.run_disk = run_disk
-    assert list(asyncio.run(replica.flush(image, [0]))) == [0]
+
+    async def both() -> list[dict[int, str]]:
+        first = asyncio.ensure_future(replica.flush(image, [0]))
+        for _ in range(4 if late else 0):
+            await asyncio.sleep(0)
+        assert bool(errors) is not late
+        return [await replica.flush(image, [0]), await first]
+
+    assert [list(failed) for failed in asyncio.run(both())] == [[0], [0]]
+
+
+def test_flushes_that_wait_for_another_go_together(image: ImageStore) -> None:
+    for block in range(3):
+        write(image, block, 0, b"x", 7)
+    replica = new_replica(image.store)
+    flushed: list[list[int]] = []
+    gate = asyncio.Event()
+
+    async def run_disk(function: Callable[..., Any], work: list[tuple[int, int, str]]) -> Any:
+        flushed.append([block for block, _, _ in work if block >= 0])
+        await gate.wait()
+        return function(work)
+
+    replica.run_disk = run_disk
+
+    async def all_of_them() -> None:
+        first = asyncio.ensure_future(replica.flush(image, [0]))
+        while not flushed:  # noqa: ASYNC110  # the thread that it begins is played here
+            await asyncio.sleep(0)
+        others = [asyncio.ensure_future(replica.flush(image, [block])) for block in (2, 1, 1, 0)]
+        await asyncio.sleep(0)
+        gate.set()
+        assert await asyncio.gather(first, *others) == [{}] * 5
+
+    asyncio.run(all_of_them())
+    assert flushed == [[0], [0, 1, 2]]
+
+
+def test_a_write_with_its_flush_is_answered_when_both_are_done(
+    sender: Sender, image: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image.ready(0, 7, 0)
+    synced: list[bytes] = []
+    real = image.disk.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        synced.append(os.pread(fd, 4, 0))
+        real(fd)
+
+    monkeypatch.setattr(image.disk, "fdatasync", fdatasync)
+    assert sender.send("ws", b"data", e=1, b=0, o=0, g=7)[0] == {"failed": [], "v": 1}
+    assert synced[-1] == b"data"
+    assert image.unflushed == set()
+    monkeypatch.setattr(image.disk, "fdatasync", _broken)
+    for _ in range(2):
+        assert [b for b, _ in sender.send("ws", b"more", e=1, b=0, o=0, g=7)[0]["failed"]] == [0]
+
+
+def _broken(_fd: int) -> None:
+    raise OSError(errno.EIO, "EIO")
 
 
 def test_what_a_flush_finds_out_is_kept_when_nobody_waits_any_more(image: ImageStore) -> None:
@@ -417,6 +491,7 @@ FIELDS: dict[str, Header] = {
     "ping": {"roles": {UUID: 5}},
     "fence": {"i": UUID, "e": 5},
     "w": {"i": UUID, "e": 5, "b": 1, "o": 3, "g": 9},
+    "ws": {"i": UUID, "e": 5, "b": 1, "o": 3, "g": 9},
     "z": {"i": UUID, "e": 5, "b": 1, "o": 3, "l": 4, "g": 9},
     "g": {"i": UUID, "e": 5, "g": 9, "least": 0, "ranges": [[1, 1]]},
     "f": {"i": UUID, "e": 5, "ranges": [[0, 0]]},
@@ -457,6 +532,8 @@ BOUNDS: list[tuple[str, str, object]] = [
     ("w", "b", 5),
     ("w", "o", 8190),
     ("w", "g", 0),
+    ("ws", "b", 5),
+    ("ws", "o", 8190),
     ("z", "b", 5),
     ("z", "o", 8190),
     ("z", "l", 0),
@@ -507,9 +584,9 @@ def test_every_op_takes_its_fields_as_they_should_be(reopen: OpenStore) -> None:
         sender = Sender(new_replica(store))
         sender.write(b"here", epoch=image.epoch, generation=max(7, image.generations[0]))
         image.set_generation(0, 7)
-        image.set_generation(1, 9 if op in ("w", "z") else 0)
+        image.set_generation(1, 9 if op in ("w", "ws", "z") else 0)
         block_path(store, 1).write_bytes(bytes(8192))
-        sender.send(op, b"x" if op == "w" else None, **fields)
+        sender.send(op, b"x" if op in ("w", "ws") else None, **fields)
 
 
 @pytest.mark.parametrize(("op", "what", "fields"), _malformed(), ids=lambda v: v if isinstance(v, str) else "")
@@ -522,7 +599,7 @@ def test_a_malformed_field_is_an_error_and_alters_nothing(
     if op in NUMBERED:
         header["n"] = sender.number
     with pytest.raises(UkaiError) as caught:
-        ask(sender.replica, header, b"data" if op == "w" else None)
+        ask(sender.replica, header, b"data" if op in ("w", "ws") else None)
     assert isinstance(caught.value, RemoteProtocolError | Damaged), what
     assert len(caught.value.message) < 400
     assert _state(image) == before

@@ -154,3 +154,23 @@ def test_an_overdue_write_holds_back_its_image_until_it_is_answered_or_lost() ->
     overdue.hold("one", "d", 70.0)
     assert overdue.clear() == ["d"]
     assert not overdue.by_image
+
+
+def test_a_single_write_before_each_fsync_is_a_habit_until_it_is_not() -> None:
+    """What is sent as synchronous, of "w" writes and "f" fsyncs in their order."""
+    habit = core.Habit()
+
+    def played(story: str) -> list[bool]:
+        said = []
+        for step in story:
+            if step == "w":
+                said.append(habit.write_begins())
+            else:
+                habit.fsync_begins()
+        return said
+
+    assert played("wwffwfwf") == [False] * 4
+    assert played("wffwf") == [True] * 2
+    assert played("ww") == [True, False]
+    assert played("fwfw") == [False] * 2
+    assert played("fw") == [True]

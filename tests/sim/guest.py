@@ -85,8 +85,12 @@ class Register:
 class Guest:
     """One virtual machine with a disk on one hypervisor."""
 
-    def __init__(self, world: World, frontend: Frontend, registers: list[Register], block_sectors: int) -> None:
+    def __init__(
+        self, world: World, frontend: Frontend, registers: list[Register], block_sectors: int, pairs: float = 0.0
+    ) -> None:
         self.world, self.frontend, self.registers, self.block_sectors = world, frontend, registers, block_sectors
+        self.pairs = pairs
+        """How often a write is followed by a flush."""
         self.running = True
         self.dead = False
         """Its machine lost power: nobody hears its acknowledgements any more."""
@@ -116,6 +120,8 @@ class Guest:
                     good = await self.write(first, count, discard=kind > 0.46)
                     if not good and self.running:
                         await self.write(first, count)  # as QEMU does when the machine is told to go on
+                    if self.pairs and chance.random() < self.pairs:
+                        await self.flush()
                 else:
                     await self.read(first, count)
             finally:
@@ -166,6 +172,8 @@ class Guest:
                 self.mine.pop(sector, None)
         if acknowledged and world.early is None:
             self._everywhere(first, values)
+        if acknowledged and header["s"]:
+            self._stored({sector: self.mine[sector] for sector in range(first, first + count)}, "with O_SYNC")
         world.note(f"{self.frontend.node} write {first}+{count} {values[0]}.. {'ok' if acknowledged else 'failed'}")
         world.count("acknowledged" if acknowledged else "failed")
         if acknowledged and not discard:
@@ -254,7 +262,7 @@ class Guest:
             register.unflushed = register.possible | values
         return True
 
-    def _stored(self, settled: dict[int, tuple[int, float]]) -> None:
+    def _stored(self, settled: dict[int, tuple[int, float]], how: str = "and flushed") -> None:
         """What this guest wrote before a flush began is on every disk that counts when it has ended (R7)."""
         wanted = {}
         for sector, (value, began) in sorted(settled.items()):
@@ -264,5 +272,5 @@ class Guest:
             if register.possible == {value} and not register.pending and not register.shaky:
                 wanted[sector] = value
         for sector, value, node in self._missing(wanted, flushed=True):
-            self.world.violation(f"write {value} of sector {sector} was flushed, {node} has not stored it")
+            self.world.violation(f"write {value} of sector {sector}, {how}: {node} has not stored it")
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tests.sim.world import World
@@ -45,6 +46,7 @@ DEFAULT: dict[str, Any] = {
     "checksum": False,
     "direct": True,
     "replication": "sync",
+    "pairs": 0.0,
 }
 
 
@@ -353,6 +355,40 @@ def _role_begins_clean() -> list[Patch]:
     return [(flush.Flusher, "begin", begin)]
 
 
+def _through_only_here() -> list[Patch]:
+    def write_through(self: replica.Replica, header: Any, payload: Any) -> Any:
+        self._write(header, payload)
+        return {"failed": []}, None
+
+    def numbered(self: replica.Replica, *args: Any, **keywords: Any) -> None:
+        real(self, *args, **keywords)
+        self.numbered["ws"] = partial(write_through, self)
+
+    real = replica.Replica.__init__
+    return [(replica.Replica, "__init__", numbered)]
+
+
+def _through_only_there() -> list[Patch]:
+    async def flush_here(self: writes.Writes, op: writes.Op, _image: ImageStore) -> None:
+        op.answered(self._c.own, None)
+
+    return [(writes.Writes, "_flush_here", flush_here)]
+
+
+def _failed_through_is_clean() -> list[Patch]:
+    def ended(self: flush.Flusher, op: writes.Op) -> None:
+        self._through.remove(op)
+
+    return [(flush.Flusher, "through_ended", ended)]
+
+
+def _under_way_is_flushed() -> list[Patch]:
+    def clean(self: flush.Flusher) -> bool:
+        return self._c.held and not self.lost and not any(self.unflushed.values())
+
+    return [(flush.Flusher, "clean", clean)]
+
+
 # --- R8
 
 
@@ -624,6 +660,16 @@ MUTATIONS = (
     Mutation(
         "R7", "only this process is flushed", _flush_of_this_process_only, _world("kill blockd", threads=1), (STORED,)
     ),
+    Mutation("R7", "synced only here", _through_only_here, _world("migrate", pairs=0.9, threads=1), (STORED,)),
+    Mutation("R7", "synced only there", _through_only_there, _world("migrate", pairs=0.9, threads=1), (STORED,)),
+    Mutation(
+        "R7",
+        "a synchronous write that failed leaves nothing to flush",
+        _failed_through_is_clean,
+        _world("disk", locations=1, pairs=0.5, fault_every_s=0.1),
+        (STORED,),
+    ),
+    Mutation("R7", "a flush under way is taken for done", _under_way_is_flushed, _world("slow disk"), (STORED,)),
     Mutation("R7", "a role begins clean", _role_begins_clean, _world("kill blockd"), (STORED,)),
     Mutation(
         "R8",
@@ -663,7 +709,7 @@ MUTATIONS = (
         "in-sync without compare",
         _finish_without_compare,
         _world("location", "full", "cut"),
-        (DIFFERS, LACKS, STORED, READS),
+        (DIFFERS, LACKS, STORED, READS, "not all in-sync"),
     ),
     Mutation(
         "R11",

@@ -66,6 +66,7 @@ class Scenario:
             "replication": "flush" if random.Random(f"{seed} replication").random() < 0.4 else "sync",
             "active_limit": apart.choice((3, 4)),
             "checksum": random.Random(f"{seed} checksum").random() < 0.15,
+            "pairs": random.Random(f"{seed} pairs").choice((0.0, 0.0, 0.5, 0.95)),
             **(forced or {}),
         }
         self.faults: dict[str, int] = {}
@@ -143,7 +144,7 @@ class Scenario:
         frontend = Frontend(self.world, node)
         self.world.note(f"a guest starts on {node}")
         self._task(frontend.keep())
-        self.guest = Guest(self.world, frontend, self.registers, BLOCK_BYTES // SECTOR)
+        self.guest = Guest(self.world, frontend, self.registers, BLOCK_BYTES // SECTOR, self.parameters["pairs"])
         for _ in range(self.parameters["threads"]):
             self.guest.tasks.append(self._task(self.guest.thread()))
 

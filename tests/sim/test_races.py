@@ -16,6 +16,7 @@ from tests.sim.world import CONFIG, NODES, Frontend, World
 from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.core import Core
 from ukai.blockd.reads import Reads
+from ukai.blockd.replica import Replica
 from ukai.errors import StaleSession, Timeout, UkaiError, Unreachable
 from ukai.messages import Header
 from ukai.model import IN_SYNC, Image
@@ -119,6 +120,44 @@ def test_a_sequential_writer_does_not_wait_for_each_cold_block(monkeypatch: pyte
         await frontend.close()
 
     play(sequence, active_limit=32)
+
+
+@pytest.mark.parametrize("replication", ["sync", "flush"])
+def test_a_write_and_its_fsync_go_in_one_message(monkeypatch: pytest.MonkeyPatch, replication: str) -> None:
+    """Of a synchronous write, and of one that is followed by an fsync each time (R7)."""
+    asked: list[str] = []
+    real = Replica.handle
+
+    def handle(self: Replica, header: Header, payload: Any) -> Any:
+        if header["op"] in ("w", "ws", "f"):
+            asked.append(header["op"])
+        return real(self, header, payload)
+
+    async def sequence(world: World) -> None:
+        if replication == "flush":
+            await world.ctl("image.set", name="disk", replication="flush")
+        frontend = Frontend(world, NODES[0])
+        monkeypatch.setattr(Replica, "handle", handle)
+
+        async def does(*ops: tuple[str, int, bool]) -> list[str]:
+            asked.clear()
+            for op, block, synchronous in ops:
+                header = {"op": op, "o": block * BLOCK_BYTES, "s": synchronous} if op == "w" else {"op": op}
+                await frontend.request(header, b"x" * SECTOR if op == "w" else None, True)
+            return list(asked)
+
+        await write(frontend, 0)
+        await write(frontend, 1)
+        assert await does(("f", 0, False)) == ["f"]
+        assert await does(("w", 0, True), ("f", 0, False)) == ["ws"]
+        if replication == "sync":  # else the first is still under way
+            assert await does(("w", 0, False), ("w", 0, True), ("f", 0, False)) == ["w", "ws"]
+        assert await does(("w", 0, False), ("w", 1, True), ("f", 0, False)) == ["w", "w", "f"], "all before is stored"
+        pair = (("w", 1, False), ("f", 0, False))
+        assert await does(*pair, *pair, *pair, *pair) == ["w", "f", "w", "f", "ws", "ws"]
+        await frontend.close()
+
+    play(sequence)
 
 
 @pytest.mark.expect_log("store.json can't be written")

@@ -24,7 +24,7 @@ from ukai.blockd.store import Store
 from ukai.config import Config
 from ukai.errors import NotFound, NotReady, StaleHandle, Timeout, UkaiError, Unreachable
 from ukai.frontend.client import CLOSE_WAIT_S
-from ukai.frontend.core import Overdue, Verdict, after_error, pause_s
+from ukai.frontend.core import Habit, Overdue, Verdict, after_error, pause_s
 from ukai.frontend.shortcut import Loan, Shortcut
 from ukai.frontend.watch import SILENT_QUESTIONS
 from ukai.loans import NOT_LENT
@@ -723,7 +723,7 @@ class World:
 
         def looked_at(fields: Header, data: Any) -> None:
             epoch = header.get("e")
-            if "err" not in fields and isinstance(epoch, int) and header["op"] in ("w", "z", "g", "k", "fence"):
+            if "err" not in fields and isinstance(epoch, int) and header["op"] in ("w", "ws", "z", "g", "k", "fence"):
                 key = (node, header["i"])
                 if epoch < self.epochs.get(key, 0):
                     self.violation(f"{node} took {header['op']} of epoch {epoch} after epoch {self.epochs[key]}")
@@ -881,6 +881,7 @@ class Frontend:
         self.at = ""
         self.stale = ""
         self.shortcut = self.process.shortcut(image)
+        self.habit = Habit()
         self.process.open[self.number] = self
 
     async def keep(self) -> None:
@@ -893,7 +894,11 @@ class Frontend:
             data = await self._direct(header["o"], header["l"]) if self.world.direct else None
             return data if data is not None else await self._request(header, None, op_changes)
         if header["op"] == "f":
+            self.habit.fsync_begins()
             return await self._request(header, None, op_changes)
+        if self.habit.write_begins() and header["op"] == "w":
+            header = {**header, "s": True}
+            self.world.count("flushed on the way")
         key = self.shortcut.write_begins(header["o"], header.get("l", len(payload or b"")))
         try:
             return await self._request(header, payload, op_changes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ukai import faults
@@ -35,6 +35,8 @@ class Flusher:
         """node → blocks written there since the last flush."""
         self._flushing: dict[str, set[int]] = {}
         """What the flush under way has taken."""
+        self._through: list[Op] = []
+        """Writes under way that flush their blocks themselves."""
         self.lost = ""
         """Why acknowledged writes are gone, until the last handle is closed: no flush succeeds meanwhile."""
         self._lock = asyncio.Lock()
@@ -49,7 +51,45 @@ class Flusher:
 
     def needed(self, blocks: Iterable[int]) -> bool:
         """Whether some of these blocks have writes that no completed flush has covered."""
-        return any(b in dirty for b in blocks for dirty in (*self.unflushed.values(), *self._flushing.values()))
+        wanted = set(blocks)
+        return any(not wanted.isdisjoint(dirty) for dirty in self._open())
+
+    def _open(self) -> Iterator[set[int]]:
+        yield from self.unflushed.values()
+        yield from self._flushing.values()
+        for op in self._through:
+            yield {op.block}
+
+    def clean(self) -> bool:
+        """Whether an fsync has nothing to do: all that this epoch has acknowledged is on every disk that counts."""
+        c = self._c
+        return c.held and not self.lost and not c.behind.ops and not any(self._open())
+
+    def covers(self, block: int) -> bool:
+        """Whether a synchronous write to a block may go through: what else has to be flushed would be left (R7)."""
+        return not (
+            self.lost
+            or self._c.behind.ops
+            or any(self._flushing.values())
+            or any(blocks and blocks != {block} for blocks in self.unflushed.values())
+            or any(op.took and op.block != block for op in self._through)
+        )
+
+    def through_begins(self, op: Op) -> None:
+        """A write with an fdatasync of its block in each replica: it covers what that block had to be flushed."""
+        for node in op.hot.nodes:
+            blocks = self.unflushed.get(node)
+            if blocks and op.block in blocks:
+                blocks.discard(op.block)
+                op.took = True
+        op.hot.clean = True
+        self._through.append(op)
+
+    def through_ended(self, op: Op) -> None:
+        """It is answered by all; one that failed anywhere has flushed nothing."""
+        self._through.remove(op)
+        if op.failed:
+            self.dirty(op.block, op.hot.nodes)
 
     def begin(self, active: RangeSet) -> None:
         """A new epoch: what the former coordinator left active may hold acknowledged writes that no disk has."""
@@ -65,7 +105,8 @@ class Flusher:
         Where other in-sync copies have it, metad has taken this one out-of-sync.  Where it was the last copy, the
         guest must hear of it: its next fsync fails (R7).
         """
-        for block in sorted(self.unflushed.get(node, set()) | self._flushing.get(node, set())):
+        through = {op.block for op in self._through if node in op.hot.nodes}
+        for block in sorted(self.unflushed.get(node, set()) | self._flushing.get(node, set()) | through):
             replica = self._c.image.replica(node, block)
             if replica is not None and replica.status == IN_SYNC:
                 self.lost = f"node {node} was started anew before block {block}, whose last copy it has, was flushed"
@@ -100,6 +141,9 @@ class Flusher:
             if self.lost:
                 raise DiskError(self.lost)
             behind = [op for ops in self._c.behind.ops.values() for op in ops]
+            for op in self._through:  # what they have taken is not on the disks yet, and may not come there
+                if op.took:
+                    self.dirty(op.block, op.hot.nodes)
             work, self.unflushed = self.unflushed, {}
             self._flushing = work
             try:

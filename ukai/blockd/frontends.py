@@ -192,6 +192,9 @@ class Frontends:
         handle = self._handle(header)
         c = handle.coordinator
         done = self._answer(reply, c, "flush", 0)
+        if c.flusher.clean():
+            done(None)
+            return
 
         async def flush() -> None:
             try:

@@ -25,7 +25,7 @@ Done = Callable[[UkaiError | None, Header, Payload | None], None]
 
 DOWN, GREETING, UP = "down", "greeting", "up"
 
-SLOW_OPS = frozenset({"f", "d", "g", "h", "k", "cr", "usage"})
+SLOW_OPS = frozenset({"f", "ws", "d", "g", "h", "k", "cr", "usage"})
 """What may take long on a busy disk while the process lives; the ping between tells that it does."""
 
 BUSY_REQUESTS = 4000

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from ukai import faults
@@ -42,6 +42,18 @@ class Session:
         self.next = 0
 
 
+class _Flush:
+    """The blocks of one image that are flushed together."""
+
+    __slots__ = ("before", "begun", "blocks", "task")
+
+    def __init__(self, before: _Flush | None) -> None:
+        self.before = before
+        self.begun = False
+        self.blocks: set[int] = set()
+        self.task: asyncio.Task[dict[int, str]] | None = None
+
+
 class Replica:
     """The replicas on this node, as seen by other nodes."""
 
@@ -53,6 +65,8 @@ class Replica:
         """Set when a flush has ended."""
         self.boot_id = ""
         """Names the run of the kernel: what was not flushed does not outlive it."""
+        self._flushes: dict[ImageStore, _Flush] = {}
+        """The last flush of an image, under way or about to begin."""
         self._tokens = itertools.count(first_token)
         self.sessions: dict[int, Session] = {}
         self.by_node: dict[str, Session] = {}
@@ -60,6 +74,7 @@ class Replica:
         """Called when an image's epoch has grown: a coordinator on this node may have lost its role."""
         self.numbered: dict[str, Callable[[Header, Payload | None], Answer | Awaitable[Answer]]] = {
             "w": self._write,
+            "ws": self._write_through,
             "z": self._punch,
             "g": self._stamp,
             "f": self._flush,
@@ -183,6 +198,11 @@ class Replica:
         faults.point("replica.written")
         return {}, None
 
+    def _write_through(self, header: Header, payload: Payload | None) -> Awaitable[Answer]:
+        """A write with its fdatasync (R7): one answer for both."""
+        self._write(header, payload)
+        return self._flushed(self._image(header), [header["b"]])
+
     def _punch(self, header: Header, _payload: Payload | None) -> Answer:
         image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
         length = integer(header, "l", 1)
@@ -219,20 +239,36 @@ class Replica:
         await faults.pause("replica.flushed")
         return {"failed": [[b, reason] for b, reason in failed.items()]}, None
 
-    async def flush(self, image: ImageStore, blocks: list[int]) -> dict[int, str]:
+    async def flush(self, image: ImageStore, blocks: Iterable[int]) -> dict[int, str]:
         """fdatasync of some blocks on this node (R7); block → reason for those that failed.
 
-        Goes on when nobody waits for it any more, because what it finds out must not be forgotten.
+        One at a time for each image: what waits for the one under way goes together in the next.  So an error that
+        the kernel tells only once can't be missed by a flush beside the one that is told.  It goes on when nobody
+        waits for it any more, because what it finds out must not be forgotten.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._flush_now(image, blocks)))
+        last = self._flushes.get(image)
+        if last is None or last.begun:
+            last = self._flushes[image] = _Flush(last)
+            last.task = asyncio.ensure_future(self._flush_next(image, last))
+        last.blocks.update(blocks)
+        assert last.task is not None
+        failed = await asyncio.shield(last.task)
+        return {b: failed[b] for b in blocks if b in failed}
 
-    async def _flush_now(self, image: ImageStore, blocks: list[int]) -> dict[int, str]:
+    async def _flush_next(self, image: ImageStore, flush: _Flush) -> dict[int, str]:
+        if flush.before is not None and flush.before.task is not None:
+            await asyncio.wait([flush.before.task])
+        flush.before, flush.begun = None, True
+        blocks = sorted(flush.blocks)
         image.unflushed.difference_update(blocks)
-        failed: dict[int, str] = await self.run_disk(image.flush_beside, image.flush_begin(blocks))
-        image.flush_end(failed)
-        self.flushed.set()
-        # a flush beside this one may have been told of an error that was meant for both
-        return failed | {b: image.poisoned[b] for b in blocks if b in image.poisoned}
+        try:
+            failed: dict[int, str] = await self.run_disk(image.flush_beside, image.flush_begin(blocks))
+            image.flush_end(failed)
+            return failed
+        finally:
+            if self._flushes.get(image) is flush:
+                del self._flushes[image]
+            self.flushed.set()
 
     def _complete(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
         image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)

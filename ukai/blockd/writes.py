@@ -8,6 +8,7 @@ goes to the slow path, which is written for reading.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -48,10 +49,29 @@ class Hot:
 class Op:
     """One write, or discard, of a part of one block, on its way to the replicas."""
 
-    __slots__ = ("acknowledged", "block", "done", "end", "ended", "epoch", "failed", "hot", "offset", "waiting")
+    __slots__ = (
+        "acknowledged",
+        "block",
+        "done",
+        "end",
+        "ended",
+        "epoch",
+        "failed",
+        "hot",
+        "offset",
+        "through",
+        "took",
+        "waiting",
+    )
 
-    def __init__(self, block: int, offset: int, end: int, hot: Hot, epoch: int, done: Callable[[Op], None]) -> None:
+    def __init__(
+        self, block: int, offset: int, end: int, hot: Hot, epoch: int, done: Callable[[Op], None], through: bool
+    ) -> None:
         self.block, self.offset, self.end, self.hot, self.epoch, self.done = block, offset, end, hot, epoch, done
+        self.through = through
+        """Each replica answers when its fdatasync of the block is done (R7)."""
+        self.took = False
+        """Earlier writes to the block are flushed with it."""
         self.waiting = 0
         self.acknowledged = False
         """Early: the caller has its answer, and replicas may still fail."""
@@ -99,7 +119,7 @@ class Writes:
             hot = c.hot.get(block)
             if (
                 hot is not None
-                and not sync
+                and (not sync or (data is not None and c.flusher.covers(block)))
                 and block not in c.locks
                 and c.frozen is None
                 and within + length <= image.block_size
@@ -107,25 +127,36 @@ class Writes:
                 and block not in c.marker.pending
             ):
                 cost = 0 if data is None else length
-                if hot.early and c.behind.full(cost, waited=deadline > 0):
+                if hot.early and not sync and c.behind.full(cost, waited=deadline > 0):
                     deadline = deadline or c.now() + c.core.config.io_timeout
                     c.behind.wait(cost, lambda: self.write(handle, offset, data, length, sync, done, deadline))
                     return
-                self._apply(
-                    block, within, data, length, hot, lambda op: self._finish_fast(op, handle, data, length, done)
-                )
+                finish = functools.partial(self._finish_fast, handle, data, length, done)
+                self._apply(block, within, data, length, hot, finish, sync)
                 return
         deadline = deadline or c.now() + c.core.config.io_timeout
         c.core.spawn(self._write_slow(handle, offset, data, length, sync, done, deadline))
 
     def _apply(
-        self, block: int, offset: int, data: Payload | None, length: int, hot: Hot, done: Callable[[Op], None]
+        self,
+        block: int,
+        offset: int,
+        data: Payload | None,
+        length: int,
+        hot: Hot,
+        done: Callable[[Op], None],
+        through: bool = False,
     ) -> None:
-        """Hand one write to the local file and to every peer, no wait between: one order everywhere (R6)."""
+        """Hand one write to the local file and to every peer, no wait between: one order everywhere (R6).
+
+        ``through``: with an fdatasync of its block in each, all at the same time.
+        """
         c = self._c
-        op = Op(block, offset, offset + length, hot, c.epoch, done)
+        op = Op(block, offset, offset + length, hot, c.epoch, done, through)
         hot.touched = True
-        if hot.clean:
+        if through:
+            c.flusher.through_begins(op)
+        elif hot.clean:
             hot.clean = False
             c.flusher.dirty(block, hot.nodes)
         op.waiting = 1
@@ -134,10 +165,10 @@ class Writes:
             if data is None:
                 header["op"], header["l"] = "z", length
             else:
-                header["op"] = "w"
+                header["op"] = "ws" if through else "w"
             op.waiting += 1
             node = peer.node
-            if not peer.numbered(header, data, lambda error, _h, _p, node=node: op.answered(node, error)):  # type: ignore[misc]
+            if not peer.numbered(header, data, functools.partial(_answered, op, node)):
                 op.waiting -= 1
                 op.failed[node] = Unreachable(f"node {node}: {peer.reason}")
         error: UkaiError | None = None
@@ -153,6 +184,7 @@ class Writes:
                 error = e
         if (
             hot.early
+            and not through
             and error is None
             and op.waiting > 1
             and not op.failed
@@ -168,7 +200,20 @@ class Writes:
             c.inflight[block] = [op]
         else:
             ops.append(op)
-        op.answered(c.own, error)
+        if through and error is None and hot.local is not None:
+            c.core.spawn(self._flush_here(op, hot.local))
+        else:
+            op.answered(c.own, error)
+
+    async def _flush_here(self, op: Op, image: ImageStore) -> None:
+        error: UkaiError | None = None
+        try:
+            failed = await self._c.core.replica.flush(image, [op.block])
+            if failed:
+                error = DiskError(failed[op.block])
+        except UkaiError as e:
+            error = e
+        op.answered(self._c.own, error)
 
     def _untrack(self, op: Op) -> None:
         c = self._c
@@ -181,8 +226,10 @@ class Writes:
             if not c.inflight and self._quiet is not None:
                 self._quiet.set()
 
-    def _finish_fast(self, op: Op, handle: Handle, data: Payload | None, length: int, done: Done) -> None:
+    def _finish_fast(self, handle: Handle, data: Payload | None, length: int, done: Done, op: Op) -> None:
         c = self._c
+        if op.through:
+            c.flusher.through_ended(op)
         if op.acknowledged:
             done(None)
             return
@@ -197,6 +244,8 @@ class Writes:
                 async with asyncio.timeout_at(deadline):
                     if await self._settled(op):
                         await self._piece(handle, op.block, op.offset, data, length, deadline)
+                    if op.through:
+                        await c.flusher.flush()
             except TimeoutError:
                 c.readable.drop(op.block)
                 done(Timeout("the write could not be completed in time"))
@@ -412,6 +461,20 @@ class Writes:
             self._quiet = asyncio.Event()
             await self._quiet.wait()
         await self._c.behind.settled([op for ops in self._c.behind.ops.values() for op in ops])
+
+
+def _answered(op: Op, node: str, error: UkaiError | None, header: Header, _payload: Payload | None) -> None:
+    """A peer's answer to a write; one with an fdatasync says what came of that."""
+    if op.through and error is None and header.get("failed") != []:
+        error = _failed(header)
+    op.answered(node, error)
+
+
+def _failed(header: Header) -> DiskError:
+    try:
+        return DiskError(str(header["failed"][0][1]))
+    except (KeyError, TypeError, LookupError):
+        return DiskError("its answer to a write with a flush can't be read")
 
 
 def _touched(error: UkaiError) -> bool:

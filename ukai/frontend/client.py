@@ -174,7 +174,8 @@ class Client:
 
     def write(self, handle: Handle, offset: int, data: memoryview) -> None:
         """Raises UkaiError; without one, the data are where R4 wants them."""
-        header: Header = {"op": "w", "h": handle.number, "o": offset, "s": handle.synchronous}
+        through = handle.habit.write_begins() or handle.synchronous
+        header: Header = {"op": "w", "h": handle.number, "o": offset, "s": through}
         key = handle.shortcut.write_begins(offset, len(data))
         try:
             self._call(header, handle, data, None, len(data))
@@ -183,6 +184,7 @@ class Client:
 
     def zero(self, handle: Handle, offset: int, length: int) -> None:
         """Raises UkaiError."""
+        handle.habit.write_begins()
         header = {"op": "z", "h": handle.number, "o": offset, "l": length, "s": handle.synchronous}
         key = handle.shortcut.write_begins(offset, length)
         try:
@@ -192,6 +194,7 @@ class Client:
 
     def flush(self, handle: Handle) -> None:
         """All that was written is on disk (R7).  Raises UkaiError."""
+        handle.habit.fsync_begins()
         self._call({"op": "f", "h": handle.number}, handle, None, None, 0)
 
     def call(self, header: Header, timeout_s: float) -> Header:

@@ -40,6 +40,9 @@ FALLOC_ZERO_RANGE = 0x10
 ZERO_PIECE_BYTES = 2**30
 """A request to zero more is sent in pieces, so that each is done within io_timeout."""
 
+PAIRS_WANTED = 2
+"""So often a single write was followed by an fsync before it is taken for a habit."""
+
 PAUSE_FIRST_S = 0.02
 PAUSE_LAST_S = 0.25
 
@@ -80,6 +83,31 @@ class Disk:
     allocated_until: float = 0.0
 
 
+class Habit:
+    """How a handle is used: whether each single write is followed by an fsync.
+
+    Then the next write is sent as a synchronous one: its data are flushed on the way, on all nodes at once, and the
+    fsync finds nothing left to do.  A guess that was wrong costs one fdatasync; nothing depends on it.
+    """
+
+    __slots__ = ("_pairs", "_writes")
+
+    def __init__(self) -> None:
+        self._pairs = self._writes = 0
+
+    def write_begins(self) -> bool:
+        """Whether an fsync is likely to come next."""
+        self._writes += 1
+        if self._writes > 1:
+            self._pairs = 0
+        return self._pairs >= PAIRS_WANTED
+
+    def fsync_begins(self) -> None:
+        if self._writes:
+            self._pairs = self._pairs + 1 if self._writes == 1 else 0
+            self._writes = 0
+
+
 @dataclass(slots=True, eq=False)
 class Handle:
     """One open file."""
@@ -97,6 +125,7 @@ class Handle:
     """Lets one thread at a time open the handle again."""
     shortcut: Shortcut = field(default_factory=Shortcut)
     """Shared by all handles of the image."""
+    habit: Habit = field(default_factory=Habit)
     reads: Any = None
     writes: Any = None
     """Statistics, kept here to save a look-up per request."""
