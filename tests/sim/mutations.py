@@ -601,7 +601,7 @@ MUTATIONS = (
         (READS,),
     ),
     Mutation("R3", "a lease of loans is ignored", _lease_of_loans_ignored, _world("split"), (READS,)),
-    Mutation("R4", "a write under way is read", _write_under_way_is_read, _world("split"), (READS,)),
+    Mutation("R4", "a write under way is read", _write_under_way_is_read, _world("split", slow_ms=5.0), (READS,)),
     Mutation(
         "R3",
         "loans outlive their lender",
@@ -720,7 +720,13 @@ MUTATIONS = (
     ),
     Mutation("R11", "nothing is copied", _nothing_copied, _world("freeze", "sync"), (DIFFERS, LACKS, STORED, READS)),
     Mutation("R12", "an older metad goes on", _older_metad_accepted, _world("old metad"), ("older database",)),
-    Mutation("R12", "older metadata is believed", _older_metadata_believed, _world("old metad"), ("older database",)),
+    Mutation(
+        "R12",
+        "older metadata is believed",
+        _older_metadata_believed,
+        _world("old metad", fault_every_s=0.2),
+        ("older database",),
+    ),
     Mutation(
         "R12",
         "accepted without a higher sequence",

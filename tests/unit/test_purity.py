@@ -54,6 +54,7 @@ LIBRARY = {
     "dataclasses",
     "enum",
     "errno",
+    "functools",
     "itertools",
     "logging",
     "msgpack",
