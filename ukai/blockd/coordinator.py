@@ -54,6 +54,7 @@ class Coordinator:
 
     def __init__(self, core: Core, uuid: str) -> None:
         self.core, self.uuid, self.own = core, uuid, core.node
+        self.now = core.now
         self.epoch = 0
         self.held = False
         self.hindrance = ""
@@ -83,9 +84,6 @@ class Coordinator:
         if image is None:
             raise NotFound("this image was removed")
         return image
-
-    def now(self) -> float:
-        return asyncio.get_running_loop().time()
 
     async def ask_metad(self, op: str, fields: Header) -> Header:
         """A request of the coordinator.  Raises UkaiError; the loss of the role is noted."""

@@ -84,6 +84,8 @@ class Core:
     def __init__(self, config: Config, node: str, store: Store, mirror: Mirror, ports: Ports, metrics: Metrics) -> None:
         self.config, self.node, self.store, self.mirror, self.ports = config, node, store, mirror, ports
         self.metrics = metrics
+        self.now = asyncio.get_running_loop().time
+        """The loop's clock, in seconds; each request looks at it several times."""
         self.inc = ports.new_id()
         self.run_disk = ports.run_disk
         self.replica = Replica(store, self.inc, ports.new_token(), ports.run_disk)
@@ -106,9 +108,6 @@ class Core:
         mirror.on_reset.append(self._reset)
 
     # --- the ground
-
-    def now(self) -> float:
-        return asyncio.get_running_loop().time()
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
