@@ -54,9 +54,12 @@ def costs(changes: Iterable[Sequence[Any]], names: dict[str, str]) -> Costs:
 def check_one_event(said: Iterable[str], found: Costs) -> None:
     """The log tells of what a fault cost, in a line per range of blocks, and of nothing else; it is one event at most.
 
-    ``said`` are lines of level warning or above.
+    ``said`` are lines of level warning or above.  An order that the fault ended has a line of its own, for one reason.
     """
     lines = sorted(line for line in said if not any(r in line for r in RESTART))
     own = [line for line in lines if OWN in line]
     assert lines == sorted(found.lines + own), f"the log says {lines}, it cost {found.lines}"
-    assert len(found.marks) + len(found.failed) + len(own) <= 1, f"several events: {lines}"
+    reasons = {reason for _, _, reason in found.marks} | {reason for _, reason in found.failed} | set(own)
+    assert len(reasons) <= 1, f"several events: {lines}"
+    assert len({node for _, node, _ in found.marks}) <= 1, f"marks of several nodes: {lines}"
+    assert len(found.failed) <= 1, f"several orders failed: {lines}"

@@ -136,7 +136,7 @@ class Passthrough:
         self._root, self._faults = root, faults
 
     def init_with_config(self, _connection: Any, config: Any) -> None:
-        config.direct_io = config.use_ino = 1
+        config.direct_io = 1
         config.attr_timeout = config.entry_timeout = config.negative_timeout = 0.0
 
     def _real(self, path: str) -> str:
@@ -244,11 +244,15 @@ def _serve(root: str, where: str) -> None:
     def orders() -> None:
         for line in sys.stdin:
             order = json.loads(line)
-            if "copy" in order:
-                faults.copy_after_power_cut(*order["copy"])
-            elif order:
-                faults.arm(**order)
-            sys.stdout.write(json.dumps(faults.report()) + "\n")
+            failed = ""
+            try:
+                if "copy" in order:
+                    faults.copy_after_power_cut(*order["copy"])
+                elif order:
+                    faults.arm(**order)
+            except OSError as e:
+                failed = str(e)
+            sys.stdout.write(json.dumps({**faults.report(), "failed": failed}) + "\n")
             sys.stdout.flush()
         machine.unmount(Path(where))  # whoever began us is gone
 
@@ -290,6 +294,7 @@ class FaultFilesystem:
         self._popen.stdin.write(json.dumps(order) + "\n")
         self._popen.stdin.flush()
         answer: dict[str, Any] = json.loads(self._popen.stdout.readline())
+        assert not answer["failed"], answer["failed"]
         return answer
 
     def arm(self, kind: str, nth: int, match: str = "", calls: Sequence[str] = (), lose: bool = False) -> None:

@@ -114,8 +114,10 @@ def test_a_disk_fails_as_it_is_told_to(tmp_path: Path) -> None:
                 ("fsync", False),
                 ("fsync", True),
             ]
+            assert os.listdir(disk.where) == ["file"]
             path.unlink()
             assert os.fstat(fd).st_nlink == 0
+            assert os.listdir(disk.where) == []
         finally:
             os.close(fd)
     assert not mount_answers(disk.where)
