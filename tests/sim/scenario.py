@@ -307,7 +307,7 @@ class Scenario:
                 at = block * BLOCK_BYTES // SECTOR
                 for register in self.registers[at : at + BLOCK_BYTES // SECTOR]:
                     register.may_be_lost()
-                    if self.guest is not None:
+                    if self.guest is not None or register.busy:  # by one that is being ended
                         register.shaky = True
                         self.shaken.append(register)
 
