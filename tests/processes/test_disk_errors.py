@@ -1,9 +1,10 @@
-"""The disk of a node fails once under its real blockd: the N-th operation, N = 1, 2, 3 … until none does.
+"""A disk fails once under a real blockd, or under metad: the N-th operation, N = 1, 2, 3 … until none does.
 
 A filesystem of ours lies under data_root.  A guest writes, reads, discards and flushes; the faulty node loses its
 location, gets it back, and is brought in-sync under that load.  Another copy is good throughout, so the guest sees what
 it wrote, in time and without an error; what the fault cost is marked, told of in one line, and mended by a resync.
-What is flushed would outlive a power cut on each copy that counts.  A last copy gives right data or an error.
+What is flushed would outlive a power cut on each copy that counts.  A last copy gives right data or an error.  metad
+keeps each change that it acknowledged, and goes on by itself or once it is started again.
 """
 
 from __future__ import annotations
@@ -52,26 +53,29 @@ SYNC_RATE = 2 << 20
 BLOCK_FILE = re.compile(r"/\d{16}$")
 LIMIT = 2_000
 STEPS = {"EIO": 130, "ENOSPC": 50, "sync": 22, "short": 90, "torn": 35}
+METAD_STEPS = {"EIO": 700, "ENOSPC": 60, "sync": 3, "short": 900, "torn": 60}
 """Every so many operations are enough for each day."""
 
 
 class Stage:
-    """Two nodes whose disks are ours."""
+    """Two nodes and a metad whose disks are ours."""
 
     def __init__(self, root: Path) -> None:
         self.disks = {node: FaultFilesystem(root / f"disk{node}") for node in (WRITER, REPLICA)}
+        self.metadata = FaultFilesystem(root / "metadata")
         self.root = root / "cluster"
         for node, disk in self.disks.items():
             own = self.root / f"127.0.0.{node}"
             own.mkdir(parents=True)
             (own / "data").symlink_to(disk.where / "data")
-        self.cluster = Cluster(self.root, nodes=2, settings=SETTINGS)
+        settings = {**SETTINGS, "metadata_root": self.metadata.where / "metadata"}
+        self.cluster = Cluster(self.root, nodes=2, settings=settings)
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     one = Stage(tmp_path_factory.mktemp("errors"))
-    with one.disks[WRITER], one.disks[REPLICA]:
+    with one.disks[WRITER], one.disks[REPLICA], one.metadata:
         for disk in one.disks.values():
             (disk.where / "data").mkdir()
         with one.cluster:
@@ -315,6 +319,87 @@ def _each(stage: Stage, victim: int, kind: str, step: int, alone: bool) -> None:
         fired = life.run(kind, nth)
         life.remove()
         if not fired:
+            assert nth > first, "the loop has run over the whole story"
+            return
+    raise AssertionError("the loop did not come to its end")
+
+
+class MetadLife:
+    """Changes of the metadata on a disk that fails once, with an end of metad by SIGKILL among them."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, stage: Stage) -> None:
+        self.cluster, self.disk = stage.cluster, stage.metadata
+        self.log = stage.cluster.process(WRITER, "metad").log
+        self.before = len(self.serious())
+        self.made: list[str] = []
+
+    def serious(self) -> list[str]:
+        return [line.message for line in self.log.lines() if line.serious]
+
+    def make(self) -> None:
+        """An image, with another name as often as it takes: of one whose order failed a node may hold the data."""
+
+        def there() -> bool:
+            name = f"made{next(self.numbers)}"
+            reply = self.cluster.try_ask(
+                "image.create", name=name, size=BLOCK, block_size=BLOCK, hypervisors=[],
+                locations=[self.cluster.node(REPLICA)],
+            )  # fmt: skip
+            if reply is None or "err" in reply:
+                return False
+            self.made.append(name)
+            return True
+
+        wait_for(there, "an image made", 20, self.cluster.tails)
+
+    def start_again(self) -> None:
+        """SIGKILL, and a start; where the disk is in its way, another one, as supervisord does."""
+        process = self.cluster.process(WRITER, "metad")
+        self.cluster.kill(WRITER, "metad")
+        self.cluster.start(WRITER, "metad", ready=False)
+
+        def answers() -> bool:
+            if process.popen is not None and process.popen.poll() is not None:
+                assert process.wait() == 1
+                self.cluster.start(WRITER, "metad", ready=False)
+            return (reply := self.cluster.try_ask("image.list")) is not None and "err" not in reply
+
+        wait_for(answers, "metad answers", 20, self.cluster.tails)
+
+    def run(self, kind: str, nth: int) -> str:
+        """The operation that failed; empty: none did."""
+        self.disk.arm(kind, nth, "/metadata/", lose=True)
+        try:
+            self.make()
+            self.make()
+            self.start_again()
+            self.make()
+            fired = self.disk.fired
+            self.disk.disarm()
+            self.start_again()
+            assert set(self.made) <= set(self.cluster.images())
+            said = self.serious()[self.before :]
+            assert len(said) <= (1 if fired else 0), said
+            self.cluster.wait_ready()
+            for name in self.cluster.images():
+                self.cluster.ask("image.offline", 20.0, name=name)
+                self.cluster.ask("image.remove", 20.0, name=name, delete_data=True)
+            return fired
+        except BaseException as e:
+            e.add_note(f"fault {kind} at operation {nth} of metad: {self.disk.fired}")
+            self.disk.disarm()
+            raise
+
+
+@pytest.mark.expect_log(r"metadata\.db|metadata_root")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_nth_operation_of_metad_fails(stage: Stage, kind: str) -> None:
+    step = 1 if ALL else METAD_STEPS[kind]
+    first = 1 if ALL else 1 + SEED * 7 % step
+    for nth in range(first, LIMIT, step):
+        if not MetadLife(stage).run(kind, nth):
             assert nth > first, "the loop has run over the whole story"
             return
     raise AssertionError("the loop did not come to its end")
