@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import time
 
 import pytest
@@ -76,6 +77,52 @@ def test_a_request_ends_with_its_connection() -> None:
             await requester.call("second", {}, TIMEOUT_S)
         finally:
             requester.close()
+            server.close()
+
+    with zmq.Context() as context:
+        asyncio.run(run(context))
+    ports.close()
+
+
+@pytest.mark.expect_log("Exception in callback")
+def test_no_message_is_left_lying() -> None:
+    """libzmq tells of it once: whatever looks at the socket meanwhile must see to it, be it in vain.
+
+    As with a daemon that was frozen: its answers go to connections that are no more, while new ones bring requests.
+    """
+    ports = PortRange(["127.0.0.1"], 1)
+    endpoint = f"tcp://127.0.0.1:{ports.first}"
+
+    async def run(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        arrived: asyncio.Queue[bytes] = asyncio.Queue()
+
+        def take(frames: Frames) -> None:
+            arrived.put_nowait(bytes(frames[1]))
+            if frames[1] == b"bad":
+                raise ValueError("a defect")
+
+        server = bound(context, endpoint, 1 << 20, take)
+        client = context.socket(zmq.DEALER)
+        client.linger = 0
+        client.connect(endpoint)
+
+        async def told() -> bytes:
+            return await asyncio.wait_for(arrived.get(), 5)
+
+        try:
+            client.send(b"first")
+            assert await told() == b"first"
+            client.send(b"second")
+            readable, _, _ = select.select([server.socket.getsockopt(zmq.FD)], [], [], TIMEOUT_S)
+            assert readable
+            assert not server.send([b"nobody", b"too late"])
+            assert await told() == b"second"
+            for message in (b"bad", b"third"):
+                client.send(message)
+            assert await told() == b"bad"
+            assert await told() == b"third"
+        finally:
+            client.close()
             server.close()
 
     with zmq.Context() as context:

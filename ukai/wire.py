@@ -51,7 +51,11 @@ class Port:
                 frames = self._receive()
             except zmq.Again:
                 break
-            self.on_message(frames)
+            try:
+                self.on_message(frames)
+            except BaseException:
+                self.kick()
+                raise
             if self.socket.closed:
                 return
         else:
@@ -76,18 +80,19 @@ class Port:
         """
         last = frames[-1]
         large = len(last) >= LARGE_BYTES
+        sent = True
         try:
             if large:
                 self.socket.send_multipart([*frames[:-1], _owned(last)], _DONTWAIT, copy=False)
             else:
                 self.socket.send_multipart(frames, _DONTWAIT)
         except zmq.ZMQError as e:
-            if e.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
-                return False
-            raise
+            if e.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            sent = False  # in vain, and yet it may have taken the signal of a message that came
         if self._again is None and self.on_message is not None and self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             self._again = self._loop.call_soon(self._drain)
-        return True
+        return sent
 
     def kick(self) -> None:
         """Look for messages once: needed after bind or connect."""
