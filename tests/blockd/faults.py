@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from ukai.blockd.disk import Disk
 
 SYNCS = ("fdatasync", "fsync", "sync_directory")
@@ -68,3 +70,14 @@ class FaultyDisk(Disk):
             fd, data, offset = args
             real(fd, data[: len(data) // 2], offset)
         raise OSError(self._errno, f"fault {self.kind}", "somewhere")
+
+
+def fails_once(monkeypatch: pytest.MonkeyPatch, disk: Disk, name: str) -> None:
+    """The next operation of this name fails, all later ones are done."""
+    real = getattr(disk, name)
+
+    def fail(*_: Any) -> None:
+        monkeypatch.setattr(disk, name, real)
+        raise OSError(errno.EIO, "fault", "somewhere")
+
+    monkeypatch.setattr(disk, name, fail)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.blockd.conftest import OpenStore
-from tests.blockd.faults import FaultyDisk
+from tests.blockd.faults import fails_once
 from tests.blockd.files import UUID, block_path, descriptors, new_image, pattern, write
 from ukai.blockd.files import HASH_BYTES, HOLE
 from ukai.blockd.image_store import ImageStore
@@ -310,12 +310,12 @@ def test_a_resync_makes_ready_writes_and_completes(sender: Sender, image: ImageS
 
 
 def test_making_ready_fails_where_it_can_not_be_stored_that_a_block_is_of_no_generation(
-    sender: Sender, image: ImageStore
+    sender: Sender, image: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a copy made in part would pass for the whole one after a power cut (R8, R11)."""
     write(image, 0, 0, b"data", 5)
     image.admit(1)
-    image.disk = FaultyDisk("sync", 1)
+    fails_once(monkeypatch, image.disk, "fdatasync")
     with pytest.raises(DiskError, match=r"fdatasync of .*\.ukai\.gen"):
         sender.send("k", e=1, ranges=[[0, 0]])
     sender.send("k", e=1, ranges=[[0, 0]])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.blockd.conftest import OpenStore
-from tests.blockd.faults import FaultyDisk
+from tests.blockd.faults import fails_once
 from tests.blockd.files import (
     FORMAT,
     OTHER_UUID,
@@ -519,7 +519,7 @@ def test_what_a_failed_fdatasync_of_generations_has_lost_is_written_again(
     for block in (1, 2):
         write(image, block, 0, b"data", 5)
     before = path.stat().st_ino
-    image.disk = FaultyDisk("sync", 1)
+    fails_once(monkeypatch, image.disk, "fdatasync")
     with pytest.raises(DiskError):
         image.disowned([(1, 1)])
     written: list[int] = []

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import logging
 import os
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +22,12 @@ from ukai.blockd.files import (
     is_zeros,
     keep_record,
     make_file,
-    read_all,
     whole,
     words,
     write_all,
     zeros,
 )
+from ukai.blockd.generations import Generations
 from ukai.blockd.sums import Sums
 from ukai.errors import Damaged, DiskError, StaleEpoch, UkaiError
 from ukai.model import check_sizes
@@ -43,9 +41,6 @@ CHECKS_BESIDE = 4
 
 
 log = logging.getLogger(__name__)
-
-FAILED = 1 << 63
-"""Beside a generation: an fdatasync of the block has failed, and the block was not made anew since (R7)."""
 
 
 class ImageStore:
@@ -65,7 +60,6 @@ class ImageStore:
         """The checksums of an image that asks for them."""
         self._sums_lost = ""
         """Why sums that were written may not be on the disk, until flush_end() hears of it."""
-        self.generations = array.array("Q", bytes(8 * self.block_count))
         self.unflushed: set[int] = set()
         self.poisoned: dict[int, str] = {}
         """Blocks whose fdatasync failed: it never succeeds again as if nothing had happened (R7)."""
@@ -73,27 +67,16 @@ class ImageStore:
         """Those of a former process, until metad has heard of them."""
         self.remade: set[int] = set()
         """Blocks that this process made ready for a resync: they are of no generation until they are whole (R11)."""
-        self._gen_fd = -1
-        self._gen_writes, self._gen_synced = 0, -1
-        """How many generations were written; how many of these writes are on the disk (−1: not known)."""
-        self._gen_lost = ""
-        """Why generations that were written may not be on the disk: they are made anew before the next flush (R7)."""
+        self._gens = Generations(self.disk, self.directory, self.block_count, self.poisoned)
+        self.generations = self._gens.numbers
 
     def load(self) -> None:
         """Read the generations, open the checksums.  Raises DiskError, NoSpace."""
-        path = f"{self.directory}/{GENERATIONS}"
         try:
-            self._gen_fd = self.disk.open(path, create=True)
-            data = read_all(self.disk, self._gen_fd, 8 * self.block_count)
+            failed = self._gens.load()
         except OSError as e:
             self.close()
-            raise disk_error(e, path) from e
-        loaded = array.array("Q")
-        loaded.frombytes(data[: len(data) // 8 * 8])
-        if sys.byteorder == "big":
-            loaded.byteswap()
-        loaded.extend([0] * (self.block_count - len(loaded)))
-        self.generations = loaded
+            raise disk_error(e, self._gens.path) from e
         if self.sums is not None:
             try:
                 self.sums.open()
@@ -101,10 +84,8 @@ class ImageStore:
             except OSError as e:
                 self.close()
                 raise disk_error(e, self.sums.path) from e
-        for block, generation in enumerate(loaded):
-            if generation >= FAILED:
-                loaded[block] = generation - FAILED
-                self._failed_before(block)
+        for block in failed:
+            self._failed_before(block)
 
     def _failed_before(self, block: int) -> None:
         """A block whose fdatasync failed in a former process: what is read of it may not be on the disk.
@@ -131,9 +112,7 @@ class ImageStore:
 
     def close(self) -> None:
         self.store.forget_files(self.uuid)
-        if self._gen_fd >= 0:
-            self.disk.close(self._gen_fd)
-            self._gen_fd = -1
+        self._gens.close()
         if self.sums is not None:
             self.sums.close()
 
@@ -211,13 +190,7 @@ class ImageStore:
 
     def set_generation(self, block: int, generation: int) -> None:
         """Raises DiskError, NoSpace."""
-        data = (generation | FAILED if block in self.poisoned else generation).to_bytes(8, "little")
-        try:
-            write_all(self.disk, self._gen_fd, data, 8 * block)
-            self._gen_writes += 1  # once it is in the page cache: a flush that begins after this has it
-        except OSError as e:
-            raise disk_error(e, f"{self.directory}/{GENERATIONS}") from e
-        self.generations[block] = generation
+        self._gens.set(block, generation)
 
     def ready(self, block: int, generation: int, least: int) -> int:
         """Make a block of generation ``least`` or above one of ``generation``; returns its descriptor.
@@ -425,11 +398,9 @@ class ImageStore:
         """
         out: list[tuple[int, int, str]] = []
         try:
-            if self._gen_lost:
-                self._renew_generations()
-            out.append((-1, self.disk.dup(self._gen_fd), ""))
+            out.append((-1, self._gens.borrow(), ""))
         except OSError as e:
-            out.append((-1, -1, disk_error(e, f"{self.directory}/{GENERATIONS}").message))
+            out.append((-1, -1, disk_error(e, self._gens.path).message))
         if self.sums is not None:
             try:
                 out.append((-2, self.disk.dup(self.sums.fd), ""))
@@ -452,15 +423,12 @@ class ImageStore:
         failed: dict[int, str] = {}
         lost = sums_lost = ""
         for block, fd, given in work:
-            writes = self._gen_writes
+            writes = self._gens.writes
             reason = given or self._flush_one(block, fd)
             if block == -2:
                 self._sums_lost = sums_lost = reason
             elif block == -1:
-                if not reason:
-                    self._gen_synced = max(self._gen_synced, writes)
-                self._gen_lost = self._gen_lost or reason
-                lost = self._gen_lost
+                lost = self._gens.flushed(writes, reason)
             elif reason or sums_lost or lost:
                 failed[block] = reason or sums_lost or lost
         return failed
@@ -469,7 +437,7 @@ class ImageStore:
         """fdatasync of one borrowed descriptor, which is closed; why it failed."""
         what = self.path(block) if block >= 0 else f"{self.directory}/{GENERATIONS if block == -1 else SUMS}"
         try:
-            if block != -1 or self._gen_synced != self._gen_writes:
+            if block != -1 or self._gens.unsynced:
                 self.disk.fdatasync(fd)
             if not self.disk.linked(fd):
                 return f"{what} was removed while in use"
@@ -489,7 +457,7 @@ class ImageStore:
         One that failed for its generation alone does not: generations are made anew before the next flush.  Where
         checksums were lost, none can tell those of which blocks.
         """
-        new = {b: reason for b, reason in failed.items() if reason != self._gen_lost}
+        new = {b: reason for b, reason in failed.items() if reason != self._gens.lost}
         if self._sums_lost:
             new |= dict.fromkeys(self.unflushed, self._sums_lost)
             self._sums_lost = ""
@@ -499,19 +467,6 @@ class ImageStore:
                 self.set_generation(block, self.generations[block])
             except UkaiError as e:
                 log.warning("%s; a blockd that is started anew will not know: %s", new[block], e)
-
-    def _renew_generations(self) -> None:
-        """Write all generations to a new file.  Raises OSError."""
-        data = array.array("Q", self.generations)
-        for block in self.poisoned:
-            data[block] |= FAILED
-        if sys.byteorder == "big":
-            data.byteswap()
-        make_file(self.disk, self.directory, GENERATIONS, data.tobytes(), 8 * self.block_count)
-        fd = self.disk.open(f"{self.directory}/{GENERATIONS}")
-        self.disk.close(self._gen_fd)
-        self._gen_fd, self._gen_lost = fd, ""
-        self._gen_synced = self._gen_writes
 
     def take_unflushed(self) -> set[int]:
         """The blocks with writes that no flush has covered; later writes go to a new set."""
@@ -679,30 +634,19 @@ class ImageStore:
         for first, last in ranges:
             for block in range(first, last + 1):
                 self.set_generation(block, generation)
-        self._sync_generations()
+        self._gens.sync()
 
     def disowned(self, ranges: Iterable[tuple[int, int]]) -> None:
         """What lies here of some blocks is of no generation any more, and that is on the disk.  Raises DiskError."""
         for first, last in ranges:
             for block in range(first, last + 1):
-                if self.generations[block] or self._gen_lost:
+                if self.generations[block] or self._gens.lost:
                     self.set_generation(block, 0)
-        self._sync_generations()
-
-    def _sync_generations(self) -> None:
-        """What was just written is on the disk; nothing is said of what a former fdatasync lost.  Raises DiskError."""
-        what = f"fdatasync of {self.directory}/{GENERATIONS}"
-        try:
-            self.disk.fdatasync(self._gen_fd)
-        except OSError as e:
-            error = disk_error(e, what)
-            self._gen_lost = error.message
-            raise error from e
+        self._gens.sync()
 
     def check_generations(self) -> None:
         """Raises DiskError where the last flush could not store the generations (R7)."""
-        if self._gen_lost:
-            raise DiskError(self._gen_lost)
+        self._gens.check()
 
     def drop(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Delete block files: only on an administrator's order.  Raises DiskError."""
