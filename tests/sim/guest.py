@@ -173,7 +173,7 @@ class Guest:
         if acknowledged and world.early is None:
             self._everywhere(first, values)
         if acknowledged and header["s"]:
-            self._stored({sector: self.mine[sector] for sector in range(first, first + count)}, "with O_SYNC")
+            self._stored({sector: self.mine[sector] for sector in range(first, first + len(values))}, "with O_SYNC")
         world.note(f"{self.frontend.node} write {first}+{count} {values[0]}.. {'ok' if acknowledged else 'failed'}")
         world.count("acknowledged" if acknowledged else "failed")
         if acknowledged and not discard:
