@@ -169,7 +169,10 @@ class Life:
 
     def wrong(self, found: bytes, at: int = 0) -> list[int]:
         """Bytes that are not what was written, from ``at`` on."""
-        pairs = enumerate(zip(found, self.content[at : at + len(found)], strict=True), at)
+        wanted = self.content[at : at + len(found)]
+        if found == wanted:
+            return []
+        pairs = enumerate(zip(found, wanted, strict=True), at)
         return [i for i, (a, b) in pairs if a != b and i not in self.unsure]
 
     def stored(self) -> None:
@@ -256,8 +259,7 @@ class Life:
         """An fsync that has failed goes on failing, until blockd is started anew, unless all is written again."""
         for _ in range(3):
             self.use()
-        lost = [one for one in self.disk.done if one.call == "fsync" and not one.good and GENERATIONS not in one.path]
-        if lost and BLOCK_FILE.search(lost[0].path):
+        if any(one.call == "fsync" and not one.good and BLOCK_FILE.search(one.path) for one in self.disk.done):
             assert not self.fsync(), "as if nothing had been lost"
         if self.errors:
             self.end_of_fault()
