@@ -29,7 +29,7 @@ def content(value: int) -> bytes:
 class Register:
     """One sector."""
 
-    __slots__ = ("busy", "pending", "possible", "readers", "shaky", "unflushed")
+    __slots__ = ("busy", "last", "pending", "possible", "readers", "shaky", "unflushed")
 
     def __init__(self) -> None:
         self.possible: set[int] = {0}
@@ -38,6 +38,8 @@ class Register:
         self.unflushed: set[int] = set()
         """Values that were possible since the last flush: power cuts may bring them back."""
         self.readers: list[set[int]] = []
+        self.last: Guest | None = None
+        """Whose write was acknowledged last."""
         self.busy = False
         self.shaky = False
         """The last copy lost power under a living guest, which has not been told yet."""
@@ -168,6 +170,7 @@ class Guest:
         for sector, value in enumerate(values, first):
             if acknowledged:
                 self.mine[sector] = (value, began)
+                self.registers[sector].last = self
             else:
                 self.mine.pop(sector, None)
         if acknowledged and world.early is None:
@@ -267,7 +270,7 @@ class Guest:
         wanted = {}
         for sector, (value, began) in sorted(settled.items()):
             register = self.registers[sector]
-            if self.mine.get(sector) != (value, began):
+            if self.mine.get(sector) != (value, began) or register.last is not self:
                 continue  # written again meanwhile, perhaps with the same value: all discards are zeros
             if register.possible == {value} and not register.pending and not register.shaky:
                 wanted[sector] = value
