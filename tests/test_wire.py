@@ -52,6 +52,46 @@ def test_a_large_frame_is_passed_on_as_it_came() -> None:
     ports.close()
 
 
+@pytest.mark.parametrize("together", [1, 2, 3, 200])
+def test_messages_that_come_together_are_all_taken(together: int) -> None:
+    """The descriptor tells once: messages that come together, and while others are answered, are all taken."""
+    ports = PortRange(["127.0.0.1"], 1)
+    endpoint = f"tcp://127.0.0.1:{ports.first}"
+
+    async def run(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        back: asyncio.Queue[Frames] = asyncio.Queue()
+        holder: list[Port] = []
+        fails = [ValueError("a defect")]
+
+        def echo(frames: Frames) -> None:
+            assert holder[0].send(frames)
+            if frames[1] == b"0" and fails:
+                raise fails.pop()
+
+        def defect(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+            assert isinstance(context["exception"], ValueError)
+
+        asyncio.get_running_loop().set_exception_handler(defect)
+        holder.append(bound(context, endpoint, 1 << 20, echo))
+        port = connected(context, endpoint, back.put_nowait)
+        try:
+            while not port.send([b"first"]):  # noqa: ASYNC110 a DEALER does not tell when it is connected
+                await asyncio.sleep(0.01)
+            assert await asyncio.wait_for(back.get(), TIMEOUT_S) == [b"first"]
+            for _ in range(20):
+                sent = [b"%d" % number for number in range(together)]
+                for frame in sent:
+                    assert port.send([frame])
+                assert [(await asyncio.wait_for(back.get(), TIMEOUT_S))[0] for _ in sent] == sent
+        finally:
+            port.close()
+            holder[0].close()
+
+    with zmq.Context() as context:
+        asyncio.run(run(context))
+    ports.close()
+
+
 def test_a_request_ends_with_its_connection() -> None:
     """Nobody will answer it: whoever asked may ask the next process, and does not wait for the whole time."""
     ports = PortRange(["127.0.0.1"], 1)

@@ -25,7 +25,9 @@ LARGE_BYTES = 64 * 2**10
 DRAIN_LIMIT = 64
 SEND_QUEUE_MESSAGES = 10_000
 CUT_S = 0.1
-_DONTWAIT = int(zmq.DONTWAIT)
+_DONTWAIT, _DONTWAIT_MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+"""Plain numbers: pyzmq's enumerations cost as much as the call."""
 
 
 class Port:
@@ -40,28 +42,39 @@ class Port:
         self._again: asyncio.Handle | None = None
         self._fd = int(self.socket.getsockopt(zmq.FD))
         self._closed = False
+        self._draining = False
+        """Whoever drains looks again after each message: whoever sends meanwhile need not."""
         self._loop.add_reader(self._fd, self._drain)
 
     def _drain(self) -> None:
         self._again = None
         if self._closed or self.on_message is None:
             return
-        for _ in range(DRAIN_LIMIT):
+        more = self._draining = True
+        try:
+            more = self._drain_some(self.on_message)
+        finally:
+            self._draining = False
+            if more and not self._closed:
+                self.kick()
+        if self.on_idle is not None and not self._closed:
+            self.on_idle()
+
+    def _drain_some(self, on_message: Callable[[Frames], None]) -> bool:
+        """Whether there may be more.
+
+        To look whether there is another message costs a third of finding that there is none.  Where there is one,
+        more are likely, and it is not done again.
+        """
+        for number in range(DRAIN_LIMIT):
             try:
                 frames = self._receive()
             except zmq.Again:
-                break
-            try:
-                self.on_message(frames)
-            except BaseException:
-                self.kick()
-                raise
-            if self.socket.closed:
-                return
-        else:
-            self._again = self._loop.call_soon(self._drain)
-        if self.on_idle is not None:
-            self.on_idle()
+                return False
+            on_message(frames)
+            if self._closed or (not number and not self.socket.getsockopt(_EVENTS) & _POLLIN):
+                return False
+        return True
 
     def _receive(self) -> Frames:
         """One message.  Raises zmq.Again when there is none."""
@@ -85,13 +98,16 @@ class Port:
             if large:
                 self.socket.send_multipart([*frames[:-1], _owned(last)], _DONTWAIT, copy=False)
             else:
-                self.socket.send_multipart(frames, _DONTWAIT)
+                send = self.socket.send
+                for frame in frames[:-1]:
+                    send(frame, _DONTWAIT_MORE)
+                send(last, _DONTWAIT)
         except zmq.ZMQError as e:
             if e.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             sent = False  # in vain, and yet it may have taken the signal of a message that came
-        if self._again is None and self.on_message is not None and self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-            self._again = self._loop.call_soon(self._drain)
+        if not self._draining and self._again is None and self.socket.getsockopt(_EVENTS) & _POLLIN:
+            self.kick()
         return sent
 
     def kick(self) -> None:
