@@ -40,6 +40,15 @@ DISK_THREADS = 8
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
+def _tell(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
 class PeerTransport:
     """A DEALER to the blockd of another node."""
 
@@ -154,8 +163,24 @@ class BlockServer:
         return PeerTransport(self._context, self._config.proxy_endpoint(node), received, self._garbage)
 
     async def _run_disk(self, function: Callable[..., Any], *args: Any) -> Any:
-        # shielded: what is on its way to a thread runs to its end, and closes the descriptors it was lent
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._pool, function, *args))
+        """What is on its way to a thread runs to its end, whoever waits, and closes the descriptors it was lent.
+
+        The loop hears of it by one call: the future of an executor, made one of the loop's and shielded, needs three.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+
+        def work() -> None:
+            result, error = None, None
+            try:
+                result = function(*args)
+            except Exception as e:
+                error = e
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(_tell, done, result, error)
+
+        self._pool.submit(work)
+        return await done
 
     def _garbage(self, error: RemoteProtocolError) -> None:
         self._telemetry.metrics.count("ukai_protocol_errors_total")
