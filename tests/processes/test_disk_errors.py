@@ -183,7 +183,8 @@ class Life:
             return
         shutil.rmtree(self.copies, ignore_errors=True)
         self.disk.copy_after_power_cut(self.disk.where / "data" / self.name, self.copies)
-        generations = array.array("Q", (self.copies / GENERATIONS).read_bytes())
+        kept = (self.copies / GENERATIONS).read_bytes().ljust(8 * BLOCKS, b"\0")  # cut short where a write was torn
+        generations = array.array("Q", kept)
         for block, replica in held.items():
             found = (self.copies / f"{block:016d}").read_bytes()
             assert self.wrong(found, block * BLOCK) == [], f"block {block} is flushed and not on the disk"
