@@ -541,7 +541,7 @@ class Scenario:
         spoilt = world.disks[node].spoil(path, offset)
         world.note(f"{path} of {node} rots at {offset}")
         world.rotten.add((node, block))
-        if await self._verified():
+        if await self._verified() and await self._marked(node, block):
             world.rotten.discard((node, block))
             replica = image.replica(node, block)
             found = _block(world.disks[node], image.name, block)[offset : offset + SECTOR]
@@ -549,14 +549,19 @@ class Scenario:
                 world.violation(f"block {block} of {node} is altered, in-sync and verified")
 
     def _calm(self) -> bool:
-        """Whether nothing is going on that could take another copy."""
+        """Whether nothing is going on that could take another copy: a repeated message may end a session."""
         world = self.world
         disks = world.disks.values()
         return (
             all(world.registered(n) and not world.blockds[n].process.frozen for n in NODES)
             and world.metad is not None
             and world.metad.alive
-            and not (world.net.cuts or world.database.fail or any(d.full or any(d.fail.values()) for d in disks))
+            and not (
+                world.net.cuts
+                or world.net.repeat
+                or world.database.fail
+                or any(d.full or any(d.fail.values()) for d in disks)
+            )
         )
 
     def _may_rot(self, image: Image, node: str, block: int) -> bool:
@@ -582,6 +587,16 @@ class Scenario:
                 world.note(f"verify: {e.message}")  # another order is under way
             await asyncio.sleep(0.05)
         world.violation("a verify does not come to its end")
+        return False
+
+    async def _marked(self, node: str, block: int) -> bool:
+        """Whether no mark of a replica is on its way any more: one that is goes without a comparison."""
+        end = world_time() + CONFIG.io_timeout
+        while world_time() < end:
+            held = [c for b in self.world.blockds.values() if b.alive for c in b.core.coordinators.values() if c.held]
+            if not any(node in c.marker.suspects(block) for c in held):
+                return True
+            await asyncio.sleep(0.01)
         return False
 
     async def _accept(self) -> None:

@@ -19,6 +19,8 @@ from tests.mesh import Mesh
 METAD = 1
 IN_SYNC = 0
 ORDER_S = 5
+UNKNOWN = 1 << 62
+"""An epoch that metad could not be asked for: nothing more that takes copies away until all is healed."""
 IMAGES = ("fio", "records")
 
 
@@ -32,6 +34,8 @@ class Field:
         self.small_host, self.small = small
         self.hit: set[int] = set()
         """Hosts whose copies can't be counted on now."""
+        self.ended: dict[str, int] = {}
+        """image → epoch of a writer that was killed: until the next, what it wrote may yet go out-of-sync (R5)."""
 
     @property
     def hosts(self) -> list[int]:
@@ -45,12 +49,19 @@ class Field:
             return False
         for image in reply["images"]:
             shown = self.cluster.try_ask("image.show", name=image["name"])
-            if shown is None:
+            if shown is None or shown["image"]["epoch"] <= self.ended.get(image["name"], -1):
                 return False
             for part in shown["image"]["placement"]:
                 if not any(r["status"] == IN_SYNC for n, r in part["replicas"].items() if n not in gone):
                     return False
         return True
+
+    def kill_writer(self) -> None:
+        """blockd on the guests' host is killed: its blocks are compared once it has the role again."""
+        for name in IMAGES:
+            shown = self.cluster.try_ask("image.show", name=name)
+            self.ended[name] = shown["image"]["epoch"] if shown is not None else UNKNOWN
+        self.cluster.kill(self.home, "blockd")
 
     def fill_disk(self) -> None:
         stats = os.statvfs(self.small)
@@ -76,6 +87,7 @@ class Field:
         self.free_disk()
         self.cluster.heal()
         self.hit.clear()
+        self.ended.clear()
 
 
 @dataclass(slots=True)
@@ -134,7 +146,13 @@ def quiet(field: Field) -> Event:
         lambda: _kill(field, other, "blockd", {other}),
         lambda: _stop(field, other, "blockd", {other}),
         lambda: _restart(field, other, "blockd", {other}),
-        lambda: _kill(field, home, "blockd", set()),
+        lambda: Event(
+            "kill",
+            f"blockd of host {home}",
+            set(),
+            field.kill_writer,
+            lambda: field.cluster.start(home, "blockd", ready=False),
+        ),
         lambda: _stop(field, home, "blockd", set()),
         lambda: _kill(field, METAD, "metad", set()),
         lambda: _stop(field, METAD, "metad", set()),
