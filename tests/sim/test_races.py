@@ -380,3 +380,25 @@ def test_a_metad_that_lacks_no_more_than_the_last_change_hears_what_each_node_ho
         assert set(metad.core.behind) == set(NODES)
 
     play(restored)
+
+
+@pytest.mark.expect_log("last copy")
+def test_blocks_whose_last_copy_stays_are_not_said_to_be_out_of_sync(caplog: pytest.LogCaptureFixture) -> None:
+    """metad answers with ranges of its own, as the generations of the blocks have it."""
+
+    async def fail(world: World) -> None:
+        fields = {"name": "long", "size": 4 * BLOCK_BYTES, "block_size": BLOCK_BYTES, "hypervisors": list(NODES)}
+        await create(world, locations=[NODES[0]], **fields)
+        frontend = Frontend(world, NODES[0], "long")
+        for block in (0, 1):
+            await write(frontend, block)
+        world.disks[NODES[0]].fail["fdatasync"] = 1
+        with pytest.raises(UkaiError):
+            await frontend.request({"op": "f"}, None, True)
+        await frontend.close()
+
+    play(fail)
+    lines = [r.message for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    assert lines
+    assert all("last copy, blocks" in line for line in lines), lines
+    assert all("out-of-sync" not in line for line in lines), lines

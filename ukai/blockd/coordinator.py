@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ukai.blockd.activity import Activity
 from ukai.blockd.behind import Behind
 from ukai.blockd.flush import Flusher
-from ukai.blockd.marks import INTERRUPTED, Marker
+from ukai.blockd.marks import INTERRUPTED, Marker, kept
 from ukai.blockd.readable import Readable
 from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
@@ -32,6 +32,7 @@ from ukai.errors import (
 )
 from ukai.messages import Header
 from ukai.model import Image
+from ukai.ranges import join
 
 if TYPE_CHECKING:
     from ukai.blockd.core import Core
@@ -110,16 +111,19 @@ class Coordinator:
         finally:
             self.behind.reopen(mine)
 
-    async def _send_marks(self, marks: list[list[object]]) -> Header:
+    async def _send_marks(self, marks: list[list[Any]]) -> Header:
         reply = await self.ask_metad("mark", {"marks": marks})
-        kept = [k[:3] for k in reply.get("kept", [])]
+        stays = kept(reply)
         image = self.core.mirror.cluster.images.get(self.uuid)
         for node, first, last, reason in marks:
-            if [node, first, last] in kept:
-                log.error("image %s: last copy, blocks %s-%s at node %s: %s", self.name(), first, last, node, reason)
-            elif image is not None and node in image.locations:  # it may have been removed meanwhile
-                level = logging.INFO if reason == INTERRUPTED else logging.WARNING
-                log.log(level, "image %s: blocks %s-%s at %s out-of-sync: %s", image.name, first, last, node, reason)
+            blocks = range(first, last + 1)
+            for a, b in join([i for i in blocks if (node, i) in stays]):
+                log.error("image %s: last copy, blocks %s-%s at node %s: %s", self.name(), a, b, node, reason)
+            if image is None or node not in image.locations:
+                continue  # it was removed meanwhile
+            level = logging.INFO if reason == INTERRUPTED else logging.WARNING
+            for a, b in join([i for i in blocks if (node, i) not in stays]):
+                log.log(level, "image %s: blocks %s-%s at %s out-of-sync: %s", image.name, a, b, node, reason)
         return reply
 
     async def nowhere(self, block: int, errors: dict[str, UkaiError]) -> UkaiError:

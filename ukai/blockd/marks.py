@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from ukai import faults
 from ukai.errors import NotCoordinator, RemoteProtocolError, StaleEpoch, UkaiError
@@ -21,7 +22,7 @@ RETRY_S = 0.1
 INTERRUPTED = "resync interrupted"
 """The reason of a mark that is no event of its own: what stopped the resync says so itself."""
 
-Send = Callable[[list[list[object]]], Awaitable[Header]]
+Send = Callable[[list[list[Any]]], Awaitable[Header]]
 
 
 class Marker:
@@ -49,11 +50,11 @@ class Marker:
     async def mark(self, marks: list[tuple[int, str, str]]) -> list[tuple[int, str]]:
         """Mark (block, node, reason); returns those that stay because they are the last.  Raises UkaiError."""
         futures = [self.begin(*m) for m in marks]
-        kept = []
+        stay = []
         for (block, node, _), future in zip(marks, futures, strict=True):
             if not await asyncio.shield(future):
-                kept.append((block, node))
-        return kept
+                stay.append((block, node))
+        return stay
 
     def suspects(self, block: int) -> dict[str, str]:
         """Nodes whose replica of the block is being marked."""
@@ -71,12 +72,12 @@ class Marker:
             by: dict[tuple[str, str], list[int]] = {}
             for block, node in batch:
                 by.setdefault((node, self.pending[block][node]), []).append(block)
-            marks: list[list[object]] = [
+            marks: list[list[Any]] = [
                 [node, a, b, reason] for (node, reason), blocks in by.items() for a, b in join(blocks)
             ]
             try:
                 await faults.pause("mark.ask")
-                kept = _kept(await self._send(marks))
+                stays = kept(await self._send(marks))
                 await faults.pause("mark.committed")
             except (StaleEpoch, NotCoordinator) as e:
                 self.abandon(e)
@@ -91,7 +92,7 @@ class Marker:
             for (block, node), future in batch.items():
                 self._forget(block, node)
                 if not future.done():
-                    future.set_result((node, block) not in kept)
+                    future.set_result((node, block) not in stays)
         self._task = None
 
     def _forget(self, block: int, node: str) -> None:
@@ -114,7 +115,7 @@ class Marker:
             self._task = None
 
 
-def _kept(reply: Header) -> set[tuple[str, int]]:
+def kept(reply: Header) -> set[tuple[str, int]]:
     """node and block of the marks that metad refused (R9).  Raises RemoteProtocolError."""
     try:
         return {(node, i) for node, first, last in reply.get("kept", []) for i in range(first, last + 1)}
