@@ -142,7 +142,7 @@ def _block(stage: Stage, node: int, length: int) -> bytes:
         return os.pread(file.fileno(), length, PLACE)
 
 
-PEER_OPS = ("w", "g", "f", "r", "h", "k", "d", "hello", "ping", "fence")
+PEER_OPS = ("w", "ws", "g", "f", "r", "h", "k", "d", "hello", "ping", "fence")
 METAD_OPS = ("activate", "retire", "mark", "beat", "grant", "grant.commit", "release", "sync.begin", "sync.finish",
              "job.end", "register", "catchup")  # fmt: skip
 ACTIONS = ("drop request", "drop reply", "repeat request", "delay request", "delay reply")
