@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import msgpack
 
 from ukai.errors import RemoteProtocolError, UkaiError, VersionError, from_wire, one_line
+from ukai.ranges import RangeMap
 
 VERSION = 1
 
@@ -128,4 +129,22 @@ def ranges(header: Header, name: str, high: int = 2**63 - 1) -> Ranges:
         if not 0 <= item[0] <= item[1] <= high:
             raise RemoteProtocolError(f"field {name}: range {item} is out of order or out of bounds")
         out.append((item[0], item[1]))
+    return out
+
+
+def range_map(header: Header, name: str, kind: type, high: int = 2**63 - 1) -> RangeMap[Any]:
+    """The list of ``[first, last, value]`` ``name`` (both ends included), values of ``kind``; empty when absent.
+
+    Raises RemoteProtocolError.
+    """
+    value = header.get(name, [])
+    if type(value) is not list:
+        raise RemoteProtocolError(f"field {name}: a list of ranges is wanted")
+    out: RangeMap[Any] = RangeMap()
+    for item in value:
+        if type(item) is not list or len(item) != 3 or type(item[0]) is not int or type(item[1]) is not int:
+            raise RemoteProtocolError(f"field {name}: a range is [first, last, value], not {show(item)}")
+        if not 0 <= item[0] <= item[1] <= high or type(item[2]) is not kind:
+            raise RemoteProtocolError(f"field {name}: {show(item)} is out of order, out of bounds or of the wrong kind")
+        out.set(item[0], item[1], item[2])
     return out

@@ -473,7 +473,7 @@ def _answered(op: Op, node: str, error: UkaiError | None, header: Header, _paylo
 def _failed(header: Header) -> DiskError:
     try:
         return DiskError(str(header["failed"][0][1]))
-    except (KeyError, TypeError, LookupError):
+    except (TypeError, LookupError):
         return DiskError("its answer to a write with a flush can't be read")
 
 

@@ -90,19 +90,8 @@ def sync_finish(core: Core, fields: Header) -> Header:
     node, image = owned(core, fields)
     target = messages.text(fields, "target", 64)
     faults.point("metad.sync-finish")
-    rows, failed = replicas.synced(image, target, _done(image, fields))
+    done = messages.range_map(fields, "done", int, high=image.block_count - 1)
+    rows, failed = replicas.synced(image, target, done)
     if rows:
         core.commit(replicas.changes(image, {target: rows}), f"resynced by {node}")
     return {"failed": failed}
-
-
-def _done(image: Image, fields: Header) -> list[tuple[int, int, int]]:
-    value = fields.get("done", [])
-    if type(value) is not list:
-        raise RemoteProtocolError("field done: a list is wanted")
-    for item in value:
-        if type(item) is not list or len(item) != 3 or any(type(n) is not int for n in item):
-            raise RemoteProtocolError("field done: [first, last, generation] is wanted")
-        if not 0 <= item[0] <= item[1] < image.block_count:
-            raise RemoteProtocolError(f"field done: blocks {item[0]!r:.20}-{item[1]!r:.20} do not exist")
-    return [(first, last, generation) for first, last, generation in value]

@@ -84,23 +84,9 @@ def holding(item: Header) -> Holding:
     return Holding(
         name=messages.text(item, "name", 200, default=""),
         epoch=messages.integer(item, "epoch", default=0),
-        gens=_map(item, "gens", int),
-        bad=_map(item, "bad", str),
+        gens=messages.range_map(item, "gens", int),
+        bad=messages.range_map(item, "bad", str),
     )
-
-
-def _map(item: Header, name: str, kind: type) -> RangeMap[Any]:
-    value = item.get(name, [])
-    out: RangeMap[Any] = RangeMap()
-    if type(value) is not list:
-        raise RemoteProtocolError(f"field {name}: a list of ranges is wanted")
-    for row in value:
-        if type(row) is not list or len(row) != 3 or type(row[0]) is not int or type(row[1]) is not int:
-            raise RemoteProtocolError(f"field {name}: a range is [first, last, value], not {row!r:.50}")
-        if not 0 <= row[0] <= row[1] or type(row[2]) is not kind:
-            raise RemoteProtocolError(f"field {name}: {row!r:.50} is out of order or of the wrong kind")
-        out.set(row[0], row[1], row[2])
-    return out
 
 
 def refusal(cluster: Cluster, report: Report) -> str:
@@ -227,7 +213,7 @@ def _once(marks: list[replicas.Mark]) -> list[replicas.Mark]:
 
 
 def register(core: Core, fields: Header) -> Header:
-    """Compare, commit, and take the node in.  Raises Behind, Refused, RemoteProtocolError."""
+    """Compare, commit, and take the node in.  Raises Behind, Refused, StaleSession, RemoteProtocolError."""
     report = read(fields)
     since = messages.integer(fields, "since", low=-1, default=core.cluster.seq)
     faults.point("metad.register")
