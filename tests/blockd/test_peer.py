@@ -50,7 +50,7 @@ class Wire:
         self.closed = False
         self.accepts = True
 
-    def send(self, header: Header, payload: Payload | None) -> bool:
+    def send(self, header: Header, payload: Payload | None, may_wait: bool) -> bool:
         if self.closed or not self.accepts or not self.net.reachable:
             return False
         header = unpack(pack(dict(header)))

@@ -10,6 +10,8 @@ from typing import Any
 
 import zmq
 
+from ukai import zmtp
+
 
 def main(name: str) -> None:
     routes: dict[str, str] = json.loads(os.environ["UKAI_TEST_ROUTES"])
@@ -18,6 +20,9 @@ def main(name: str) -> None:
     def routed(socket: zmq.Socket[Any], endpoint: str) -> Any:
         return connect(socket, routes.get(endpoint, endpoint))
 
+    address = zmtp._address
+
+    setattr(zmtp, "_address", lambda endpoint: address(str(routes.get(endpoint, endpoint))))  # noqa: B010 — as above
     setattr(zmq.Socket, "connect", routed)  # noqa: B010 — what mypy takes for granted is changed here
     sys.argv = [f"ukai-{name}"]
     sys.exit(importlib.import_module(f"ukai.{name}.main").main())

@@ -133,7 +133,7 @@ class Transport:
         self.connection = Connection(world.net, client, own, node)
         self.closed = False
 
-    def send(self, header: Header, payload: Any) -> bool:
+    def send(self, header: Header, payload: Any, may_wait: bool) -> bool:
         if self.closed:
             return False
         net, server = self.world.net, self.world.blockds.get(self.node)

@@ -13,6 +13,13 @@ import os
 
 PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 
+PIECE_BYTES = 64 * 2**10
+"""The most that one pwrite hands to the kernel.
+
+The page cache keeps what one call writes in pieces as large as the call, and ext4 walks over all of such a piece, 4 KiB
+by 4 KiB, at each later write into it: after calls of 1 MiB a write of 4 KiB costs four times as much.
+"""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 
@@ -41,7 +48,23 @@ class Disk:
         os.ftruncate(fd, size)
 
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
-        return os.pwrite(fd, data, offset)
+        """Bytes written, which may be fewer than given.  Raises OSError when there are none."""
+        size = len(data)
+        if size <= PIECE_BYTES:
+            return os.pwrite(fd, data, offset)
+        view, done = memoryview(data), 0
+        while done < size:
+            piece = min(size - done, PIECE_BYTES - (offset + done) % PIECE_BYTES)
+            try:
+                written = os.pwrite(fd, view[done : done + piece], offset + done)
+            except OSError:
+                if done:
+                    break  # whoever writes the rest hears of it
+                raise
+            done += written
+            if written < piece:
+                break
+        return done
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         return os.pread(fd, length, offset)

@@ -38,7 +38,9 @@ TIMER_SLACK_S = 0.001
 class Transport(Protocol):
     """An ordered connection that may drop everything at any time."""
 
-    def send(self, header: Header, payload: Payload | None) -> bool: ...
+    def send(self, header: Header, payload: Payload | None, may_wait: bool) -> bool:
+        """``may_wait``: it need not go at once, only in its order."""
+        ...
 
     def close(self) -> None: ...
 
@@ -100,20 +102,23 @@ class Peer:
 
     # --- requests
 
-    def numbered(self, header: Header, payload: Payload | None, done: Done) -> bool:
-        """Send what alters data, in order (R6); false, and ``done`` is not called, when the session is not up."""
+    def numbered(self, header: Header, payload: Payload | None, done: Done, may_wait: bool = False) -> bool:
+        """Send what alters data, in order (R6); false, and ``done`` is not called, when the session is not up.
+
+        ``may_wait``: nobody waits for the answer yet.
+        """
         if self.state != UP:
             return False
         header["t"], header["n"] = self._token, self._number
         self._number += 1
-        if self._send(header, payload, done):
+        if self._send(header, payload, done, may_wait):
             return True
         self.fail("the connection was lost")
         return False
 
-    def _send(self, header: Header, payload: Payload | None, done: Done) -> bool:
+    def _send(self, header: Header, payload: Payload | None, done: Done, may_wait: bool = False) -> bool:
         number = header["id"] = next(self._ids)
-        if self._transport is None or not self._transport.send(header, payload):
+        if self._transport is None or not self._transport.send(header, payload, may_wait):
             return False
         size = len(payload) if payload is not None else 0
         self.inflight_bytes += size

@@ -32,7 +32,8 @@ from ukai.metalink import MetadLink
 from ukai.mirror import Mirror
 from ukai.model import STATUS_NAMES
 from ukai.telemetry import Telemetry
-from ukai.wire import Frames, Port, bound, connected
+from ukai.wire import Frames
+from ukai.zmtp import Dealer, Garbage, Router
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,13 @@ class PeerTransport:
 
     def __init__(
         self,
-        context: zmq.Context[Any],
         endpoint: str,
+        limit_bytes: int,
         received: Callable[[Header, Payload | None], None],
-        garbage: Callable[[RemoteProtocolError], None],
+        garbage: Garbage,
     ) -> None:
         self._received, self._garbage = received, garbage
-        self._port = connected(context, endpoint, self._frames)
+        self._dealer = Dealer(endpoint, limit_bytes, self._frames, garbage)
 
     def _frames(self, frames: Frames) -> None:
         try:
@@ -70,12 +71,12 @@ class PeerTransport:
             return
         self._received(header, frames[1] if len(frames) > 1 else None)
 
-    def send(self, header: Header, payload: Payload | None) -> bool:
+    def send(self, header: Header, payload: Payload | None, may_wait: bool) -> bool:
         packed = messages.pack(header)
-        return self._port.send([packed] if payload is None else [packed, payload])
+        return self._dealer.send([packed] if payload is None else [packed, payload], may_wait)
 
     def close(self) -> None:
-        self._port.close()
+        self._dealer.close()
 
 
 class BlockServer:
@@ -91,7 +92,7 @@ class BlockServer:
         disk: Disk | None = None,
         boot_id_file: str = BOOT_ID,
     ) -> None:
-        self._config, self._node, self._context, self._telemetry = config, node, context, telemetry
+        self._config, self._node, self._telemetry = config, node, telemetry
         self._pool = ThreadPoolExecutor(DISK_THREADS, "disk")
         self.store = Store(config.data_root, config.blockname_format, disk or Disk(), config.open_files_limit)
         self.store.open(str(uuid.uuid4()))
@@ -120,7 +121,7 @@ class BlockServer:
         )
         self.core = Core(config, node, self.store, self.mirror, ports, telemetry.metrics)
         telemetry.metrics.gauges.append(self._gauges)
-        self._ports: list[Port] = []
+        self._routers: list[Router] = []
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -134,10 +135,13 @@ class BlockServer:
             (self._config.blockd_endpoint, self.core.frontends.answer),
             (proxy, self.core.from_peer),
         ):
-            holder: list[Port] = []
-            port = bound(self._context, endpoint, limit, functools.partial(self._receive, holder, handle))
-            holder.append(port)
-            self._ports.append(port)
+            holder: list[Router] = []
+            try:
+                router = Router(endpoint, limit, functools.partial(self._receive, holder, handle), self._garbage)
+            except OSError as e:
+                raise UkaiError(f"cannot open {endpoint}: {e.strerror}; is another one running on this node?") from None
+            holder.append(router)
+            self._routers.append(router)
         self._lender.start(self.core.frontends.lend)
         self._link.start()
         self._background = [
@@ -153,14 +157,15 @@ class BlockServer:
             task.cancel()
         self._link.close()
         self._lender.close()
-        for port in self._ports:
-            port.close()
+        for router in self._routers:
+            router.close()
         self._pool.shutdown(wait=True)
         self.store.close()
         return True
 
     def _connect(self, node: str, received: Callable[[Header, Payload | None], None]) -> PeerTransport:
-        return PeerTransport(self._context, self._config.proxy_endpoint(node), received, self._garbage)
+        endpoint = self._config.proxy_endpoint(node)
+        return PeerTransport(endpoint, self._config.message_limit, received, self._garbage)
 
     async def _run_disk(self, function: Callable[..., Any], *args: Any) -> Any:
         """What is on its way to a thread runs to its end, whoever waits, and closes the descriptors it was lent.
@@ -187,7 +192,7 @@ class BlockServer:
         log.info("dropped: %s", error.message)
 
     def _receive(
-        self, holder: list[Port], handle: Callable[[Header, Payload | None, Reply], None], frames: Frames
+        self, holder: list[Router], handle: Callable[[Header, Payload | None, Reply], None], frames: Frames
     ) -> None:
         """One message of a ROUTER: [identity, header, payload]."""
         try:

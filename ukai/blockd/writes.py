@@ -168,7 +168,7 @@ class Writes:
                 header["op"] = "ws" if through else "w"
             op.waiting += 1
             node = peer.node
-            if not peer.numbered(header, data, functools.partial(_answered, op, node)):
+            if not peer.numbered(header, data, functools.partial(_answered, op, node), hot.early and not through):
                 op.waiting -= 1
                 op.failed[node] = Unreachable(f"node {node}: {peer.reason}")
         error: UkaiError | None = None

@@ -1,7 +1,7 @@
 """Requests to the blockd of this node, from the threads of libfuse.
 
-A thread takes a connected DEALER from a free list and puts it back after the reply: sockets are not thread-safe, and
-thread-locals don't survive between callbacks.  A socket whose request has no reply is never used again.
+A thread takes a connected DEALER from a free list and puts it back after the reply: it belongs to one thread at a
+time, and thread-locals don't survive between callbacks.  One whose request has no reply is never used again.
 
 While a request waits, its thread looks every slice whether the process that it was sent to is still the running
 one; ``Watch`` knows.
@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 
@@ -27,15 +27,19 @@ from ukai.errors import RemoteProtocolError, StaleHandle, Timeout, UkaiError, Un
 from ukai.frontend.borrower import Borrower
 from ukai.frontend.core import Handle, Overdue, Verdict, after_error, pause_s
 from ukai.frontend.shortcut import Shortcut
-from ukai.frontend.watch import Watch, dealer
-from ukai.messages import Header
+from ukai.frontend.watch import SLICE_MS, Watch
+from ukai.messages import REPLY_LIMIT_BYTES, Header
+from ukai.zmtp import Line
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 IDLE_CHANNELS = 64
 CLOSE_WAIT_S = 2.0
 
-_SNDMORE, _RCVMORE, _DONTWAIT = int(zmq.SNDMORE), int(zmq.RCVMORE), int(zmq.DONTWAIT)
+CONNECT_PAUSE_S = 0.02
+
 _CHANGES_DATA = ("w", "z")
 
 
@@ -44,12 +48,13 @@ class _Gone(Exception):
 
 
 class Channel:
-    """One connected DEALER; belongs to one thread at a time."""
+    """One DEALER; belongs to one thread at a time."""
 
-    __slots__ = ("busy_bytes", "number", "on_drop", "socket")
+    __slots__ = ("busy_bytes", "line", "number", "on_drop")
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        self.socket = dealer(context, endpoint)
+    def __init__(self) -> None:
+        self.line: Line | None = None
+        """None until it is connected."""
         self.number = 0
         self.busy_bytes = -1
         """Bytes of the request under way; −1: none."""
@@ -72,7 +77,7 @@ class Client:
     ) -> None:
         self.name = secrets.token_hex(8)
         self.protocol_errors = 0
-        self._context, self._endpoint = context, endpoint
+        self._endpoint = endpoint
         self._io_timeout_s = io_timeout_s
         self._inc = ""
         self._free: list[Channel] = []
@@ -270,36 +275,36 @@ class Client:
         try:
             channel = self._free.pop()
         except IndexError:
-            channel = Channel(self._context, self._endpoint)
+            channel = Channel()
             self._all.add(channel)
         channel.number = number = channel.number + 1
         channel.busy_bytes = size
         header["id"] = number
-        socket = channel.socket
         sent = received = answered = False
         try:
             data = messages.pack(header)
-            while True:
-                try:
-                    socket.send(data, 0 if payload is None else _SNDMORE)
-                    break
-                except zmq.Again:
-                    self._look(inc, deadline, "can't be reached", Unreachable)
+            line = channel.line
+            if line is None:
+                line = channel.line = self._connected(inc, deadline)
+            try:
+                line.send((data,) if payload is None else (data, payload))
+            except OSError as e:
+                self._insist(e, line.send_rest, inc, deadline, "can't be reached", Unreachable)
             sent = True
-            if payload is not None:
-                socket.send(payload)
-            while True:
-                try:
-                    frame = socket.recv()
-                    break
-                except zmq.Again:
-                    self._look(inc, deadline, f"did not answer {header['op']}", Timeout)
+            try:
+                frames = line.receive(into)
+            except OSError as e:
+                what = f"did not answer {header['op']}"
+                frames = self._insist(e, lambda: line.receive(into), inc, deadline, what, Timeout)
             received = True
             count = 0
-            if socket.getsockopt(_RCVMORE):
-                count = socket.recv_into(into if into is not None else bytearray())
-            reply = messages.unpack(frame)
-            if reply.get("re") != number or socket.getsockopt(_RCVMORE):
+            if len(frames) > 1:
+                body = frames[1]
+                count = len(body)
+                if into is not None and body is not into and count == len(into):
+                    into[:] = body
+            reply = messages.unpack(frames[0])
+            if reply.get("re") != number or len(frames) > 2:
                 self.protocol_errors += 1
                 raise RemoteProtocolError("blockd answered with a message that is no reply to the request")
             answered = True
@@ -315,6 +320,40 @@ class Client:
                 self._hold(writer, header["o"], header.get("l", size), channel, inc)
             else:
                 self._drop(channel)
+
+    def _connected(self, inc: str, deadline: float) -> Line:
+        """Raises _Gone, Unreachable."""
+        while True:
+            try:
+                return Line(self._endpoint, SLICE_MS / 1000, REPLY_LIMIT_BYTES)
+            except OSError:
+                self._look(inc, deadline, "can't be reached", Unreachable)
+                with self._changed:
+                    self._changed.wait(CONNECT_PAUSE_S)
+
+    def _insist(
+        self,
+        error: OSError,
+        go_on: Callable[[], T],
+        inc: str,
+        deadline: float,
+        what: str,
+        after_all: type[UkaiError],
+    ) -> T:
+        """Do what was not done within a slice, or was cut short: then a new blockd process is waited for, which raises
+        _Gone.  Raises ``after_all`` when it is too late.
+        """
+        while True:
+            self._look(inc, deadline, what, after_all)
+            if not isinstance(error, TimeoutError):
+                with self._changed:
+                    if self._inc == inc:
+                        self._changed.wait(SLICE_MS / 1000)
+                continue
+            try:
+                return go_on()
+            except OSError as e:
+                error = e
 
     def _look(self, inc: str, deadline: float, what: str, error: type[UkaiError]) -> None:
         """Between two slices of waiting: is there still somebody to wait for?"""
@@ -390,7 +429,8 @@ class Client:
 
     def _drop(self, channel: Channel) -> None:
         self._all.discard(channel)
-        channel.socket.close(0)
+        if channel.line is not None:
+            channel.line.close()
         if channel.on_drop is not None:
             channel.on_drop()
 
@@ -440,8 +480,10 @@ class Client:
 
 
 def _answered(channel: Channel) -> bool:
+    if channel.line is None:
+        return False
     try:
-        channel.socket.recv_multipart(_DONTWAIT)
-    except zmq.Again:
+        channel.line.receive()
+    except OSError:  # not yet, or never
         return False
     return True
