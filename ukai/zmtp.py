@@ -36,6 +36,7 @@ Garbage = Callable[[RemoteProtocolError], None]
 RECEIVE_BYTES = 256 * 2**10
 """Room for what one system call brings; any frame below LARGE_BYTES fits."""
 FRAMES_LIMIT = 8
+"""Of a longer message some in the middle are left out.  No message of ours has half as many, so it is refused."""
 QUEUE_LIMIT_BYTES = 256 * 2**20
 PARTS_AT_ONCE = 256
 """Buffers for one sendmsg; the system's limit is 1024."""
@@ -167,7 +168,7 @@ class Decoder:
             messages.append(self._frames)
             self._frames = []
         elif len(self._frames) == FRAMES_LIMIT:
-            raise RemoteProtocolError(f"a message of more than {FRAMES_LIMIT} frames")
+            self._frames.pop()
 
     def _greet(self) -> bool:
         hello = bytes(self._view[: min(self._end, GREETING_BYTES)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -10,6 +11,7 @@ import pytest
 from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.core import Core
 from ukai.blockd.frontends import FRONTEND_BEATS, Frontends
+from ukai.telemetry import Metrics
 
 BEAT_S = 0.5
 
@@ -56,3 +58,27 @@ def test_a_silent_frontend_may_live() -> None:
     assert image.flusher.lost == "x", "its machine has not been told that its writes are gone (R7)"
     beat()
     assert frontends.opens() == {}
+
+
+@pytest.mark.parametrize(("sync", "clean", "said"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_only_a_synchronous_write_says_that_nothing_is_left_to_flush(sync: bool, clean: bool, said: bool) -> None:
+    """The frontend then answers the fsync by itself (R7)."""
+    written: list[tuple[int, bytes, bool]] = []
+
+    def write(_handle: object, offset: int, data: bytes, _length: int, sync: bool, done: Callable[..., None]) -> None:
+        written.append((offset, data, sync))
+        done(None)
+
+    image = SimpleNamespace(
+        name=lambda: "disk",
+        writes=SimpleNamespace(write=write),
+        flusher=SimpleNamespace(clean=lambda: clean),
+    )
+    core = SimpleNamespace(now=lambda: 1.0, inc="i", stopping=False, metrics=Metrics())
+    frontends = Frontends(cast(Core, core))
+    frontends.handles[1] = Handle(1, "f", cast(Coordinator, image), 0, 1.0)
+    replies: list[dict[str, object]] = []
+    header = {"op": "w", "inc": "i", "h": 1, "o": 5, "s": sync}
+    frontends.answer(header, b"data", lambda fields, _payload: replies.append(fields))
+    assert written == [(5, b"data", sync)]
+    assert replies == [{"clean": True} if said else {}]

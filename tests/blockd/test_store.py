@@ -31,7 +31,7 @@ from tests.blockd.files import (
 )
 from tests.durability.cut import power_cut
 from tests.durability.journal import JournaledDisk
-from ukai.blockd.disk import Disk
+from ukai.blockd.disk import PIECE_BYTES, Disk
 from ukai.blockd.files import GENERATIONS, HASH_BYTES, HOLE, META, TEMPORARY
 from ukai.blockd.image_store import ImageStore
 from ukai.blockd.store import Store
@@ -55,6 +55,38 @@ def test_every_block_is_written_and_read_up_to_its_last_byte(store: Store, size:
         assert image.read(block, 0, len(head))[:-1] == head[:-1]
         assert image.read(block, length - 1, 1) == tail
         assert block_path(store, block).stat().st_size == length
+
+
+def test_a_large_write_goes_to_the_kernel_in_aligned_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    real = os.pwrite
+    stop_after = [100]
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        calls.append((offset, len(data)))
+        if len(calls) > stop_after[0]:
+            raise OSError(errno.ENOSPC, "full")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    disk, data = Disk(), random.Random(1).randbytes(3 * PIECE_BYTES)
+    fd = disk.open(str(tmp_path / "f"), create=True)
+    assert disk.pwrite(fd, data, 1000) == len(data)
+    assert calls == [
+        (1000, PIECE_BYTES - 1000),
+        (PIECE_BYTES, PIECE_BYTES),
+        (2 * PIECE_BYTES, PIECE_BYTES),
+        (3 * PIECE_BYTES, 1000),
+    ]
+    assert disk.pread(fd, len(data), 1000) == data
+    calls.clear()
+    stop_after[0] = 2
+    assert disk.pwrite(fd, data, 0) == 2 * PIECE_BYTES, "what was written counts"
+    calls.clear()
+    stop_after[0] = 0
+    with pytest.raises(OSError, match="full"):
+        disk.pwrite(fd, data, 0)
+    disk.close(fd)
 
 
 def test_a_new_image_takes_no_space_and_has_no_block_files(store: Store, root: Path) -> None:

@@ -49,7 +49,8 @@ class FakeNode:
         self.lost_epoch: dict[str, int] = {}
         self.epoch = 1
         self.inc = ""
-        self.frozen = False
+        self.frozen = self.clean = False
+        """``clean``: after a synchronous write it says that nothing is left to be flushed."""
         self._metad = self.context.socket(zmq.ROUTER)
         self._metad.bind(f"tcp://{NODE}:{control_port}")
         self._pub = self.context.socket(zmq.PUB)
@@ -213,7 +214,7 @@ class FakeNode:
             elif op == "z":
                 data[at : at + header["l"]] = bytes(header["l"])
                 self.allocated[name] = max(0, self.allocated[name] - header["l"])
-            return {}, b""
+            return ({"clean": True} if self.clean and header.get("s") else {}), b""
         if op == "beat":
             return {"inc": self.inc, "known": [h for h in header["handles"] if h in self.handles]}, b""
         if op == "open":

@@ -212,6 +212,17 @@ def test_a_synchronous_handle_says_so_in_each_write(stand: Stand, flags: int, sy
     assert stand.node.count("f") == 2
 
 
+def test_an_fsync_asks_nobody_when_the_last_write_left_nothing_to_flush(stand: Stand) -> None:
+    stand.node.clean = True
+    with opened(stand.disk, os.O_RDWR | os.O_DSYNC) as synchronous, opened(stand.disk) as plain:
+        os.pwrite(synchronous, b"a", 0)
+        os.fsync(plain)
+        assert stand.node.count("f") == 0
+        os.pwrite(plain, b"b", 0)
+        os.fsync(synchronous)
+        assert stand.node.count("f") == 1, "what another handle has written is to be flushed"
+
+
 def test_handles_are_closed_at_blockd(stand: Stand) -> None:
     with opened(stand.disk), opened(stand.disk, os.O_RDONLY):
         assert len(stand.node.handles) == 2

@@ -92,6 +92,28 @@ def test_a_write_under_way_is_not_read(shortcut: Shortcut, offset: int, length: 
     assert not shortcut.writes
 
 
+def test_a_write_alone_that_left_nothing_to_flush_has_flushed_all(shortcut: Shortcut) -> None:
+    said = [shortcut.flushed]
+    for clean in (True, False):
+        key = shortcut.write_begins(0, 1)
+        said.append(shortcut.flushed)
+        shortcut.write_ends(key, clean)
+        said.append(shortcut.flushed)
+    assert said == [False, False, True, False, False], "nothing is known of what was written before"
+
+
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_writes_beside_each_other_say_nothing_of_each_other(shortcut: Shortcut, first_ends_first: bool) -> None:
+    """Which of them blockd had seen when it said that it was clean is not known."""
+    first, second = shortcut.write_begins(0, 1), shortcut.write_begins(5, 1)
+    for key in (first, second) if first_ends_first else (second, first):
+        shortcut.write_ends(key, clean=True)
+        assert not shortcut.flushed
+    key = shortcut.write_begins(0, 1)
+    shortcut.write_ends(key, clean=True)
+    assert shortcut.flushed
+
+
 def test_the_other_process_sees_the_page_and_can_not_write_it(lent: MappedPage) -> None:
     there = MappedPage(os.dup(lent.fd))
     lent.numbers[3], lent.lease[0] = 12, 5.5

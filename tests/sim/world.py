@@ -892,18 +892,24 @@ class Frontend:
         """One request, as often as it takes, within io_timeout.  Raises UkaiError for what the guest sees as EIO."""
         if header["op"] == "r":
             data = await self._direct(header["o"], header["l"]) if self.world.direct else None
-            return data if data is not None else await self._request(header, None, op_changes)
+            return data if data is not None else (await self._request(header, None, op_changes))[1]
         if header["op"] == "f":
             self.habit.fsync_begins()
-            return await self._request(header, None, op_changes)
+            if self.shortcut.flushed:
+                self.world.count("flushes that ask nobody")
+                return None
+            return (await self._request(header, None, op_changes))[1]
         if self.habit.write_begins() and header["op"] == "w":
             header = {**header, "s": True}
             self.world.count("flushed on the way")
         key = self.shortcut.write_begins(header["o"], header.get("l", len(payload or b"")))
+        clean = False
         try:
-            return await self._request(header, payload, op_changes)
+            reply, data = await self._request(header, payload, op_changes)
+            clean = bool(reply.get("clean"))
+            return data
         finally:
-            self.shortcut.write_ends(key)
+            self.shortcut.write_ends(key, clean)
 
     async def _direct(self, offset: int, length: int) -> bytes | None:
         """Read a lent block file; any time may pass between the looks at the page."""
@@ -950,7 +956,7 @@ class Frontend:
         if done and (loan := future.result()) is not None:
             self.shortcut.take(block, loan)
 
-    async def _request(self, header: Header, payload: bytes | None, op_changes: bool) -> Any:
+    async def _request(self, header: Header, payload: bytes | None, op_changes: bool) -> tuple[Header, Any]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + CONFIG.io_timeout
         writes = self.image if header["op"] in ("w", "z") else ""
@@ -966,7 +972,7 @@ class Frontend:
                 reply, data = await self.process.exchange(fields, payload, deadline - loop.time(), writes)
                 if reply.get("lend") and self.world.direct:
                     await self._borrow(header["o"] // self.block_size)
-                return data
+                return reply, data
             except Timeout:
                 raise
             except UkaiError as e:

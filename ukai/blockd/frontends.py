@@ -135,15 +135,15 @@ class Frontends:
             raise StaleSession("this handle is not open here; open the image anew")
         return handle
 
-    def _answer(self, reply: Reply, c: Coordinator, op: str, size: int) -> Callable[..., None]:
-        """Reply and count."""
+    def _answer(self, reply: Reply, c: Coordinator, op: str, size: int, sync: bool = False) -> Callable[..., None]:
+        """Reply and count.  After a synchronous write also say whether an fsync would have nothing to do."""
         began = self._core.now()
         stats = self._core.metrics.op(op, c.name())
 
         def done(error: UkaiError | None, data: Payload | None = None, lendable: bool = False) -> None:
             stats.done(self._core.now() - began, size, error is not None)
             if error is None:
-                reply({"lend": True} if lendable else {}, data)
+                reply({"lend": True} if lendable else {"clean": True} if sync and c.flusher.clean() else {}, data)
             else:
                 reply(error_reply(error), None)
 
@@ -181,12 +181,16 @@ class Frontends:
         c = handle.coordinator
         if header["op"] == "z":
             length = integer(header, "l", 1)
-            c.writes.write(handle, integer(header, "o"), None, length, sync, self._answer(reply, c, "discard", length))
+            c.writes.write(
+                handle, integer(header, "o"), None, length, sync, self._answer(reply, c, "discard", length, sync)
+            )
             return
         if not payload or len(payload) > TRANSFER_LIMIT_BYTES:
             raise RemoteProtocolError(f"a write carries 1 to {TRANSFER_LIMIT_BYTES} bytes")
         length = len(payload)
-        c.writes.write(handle, integer(header, "o"), payload, length, sync, self._answer(reply, c, "write", length))
+        c.writes.write(
+            handle, integer(header, "o"), payload, length, sync, self._answer(reply, c, "write", length, sync)
+        )
 
     def _flush(self, header: Header, _payload: Payload | None, reply: Reply) -> None:
         handle = self._handle(header)

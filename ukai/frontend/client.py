@@ -87,6 +87,8 @@ class Client:
         self._numbers = itertools.count((secrets.randbits(30) << 32) + 1)
         self._handles: dict[int, Handle] = {}
         self._closing: set[int] = set()
+        self._order = threading.Lock()
+        """What Shortcut hears of writes comes one after the other."""
         self._borrower = borrower
         """None: all reads go through blockd."""
         self._shortcuts: dict[str, Shortcut] = {}
@@ -180,27 +182,31 @@ class Client:
     def write(self, handle: Handle, offset: int, data: memoryview) -> None:
         """Raises UkaiError; without one, the data are where R4 wants them."""
         through = handle.habit.write_begins() or handle.synchronous
-        header: Header = {"op": "w", "h": handle.number, "o": offset, "s": through}
-        key = handle.shortcut.write_begins(offset, len(data))
-        try:
-            self._call(header, handle, data, None, len(data))
-        finally:
-            handle.shortcut.write_ends(key)
+        self._change({"op": "w", "h": handle.number, "o": offset, "s": through}, handle, data, len(data))
 
     def zero(self, handle: Handle, offset: int, length: int) -> None:
         """Raises UkaiError."""
         handle.habit.write_begins()
-        header = {"op": "z", "h": handle.number, "o": offset, "l": length, "s": handle.synchronous}
-        key = handle.shortcut.write_begins(offset, length)
+        self._change(
+            {"op": "z", "h": handle.number, "o": offset, "l": length, "s": handle.synchronous}, handle, None, 0
+        )
+
+    def _change(self, header: Header, handle: Handle, data: memoryview | None, size: int) -> None:
+        shortcut, clean = handle.shortcut, False
+        with self._order:
+            key = shortcut.write_begins(header["o"], header.get("l", size))
         try:
-            self._call(header, handle, None, None, 0)
+            reply, _ = self._call(header, handle, data, None, size)
+            clean = reply.get("clean") is True
         finally:
-            handle.shortcut.write_ends(key)
+            with self._order:
+                shortcut.write_ends(key, clean)
 
     def flush(self, handle: Handle) -> None:
         """All that was written is on disk (R7).  Raises UkaiError."""
         handle.habit.fsync_begins()
-        self._call({"op": "f", "h": handle.number}, handle, None, None, 0)
+        if not handle.shortcut.flushed:
+            self._call({"op": "f", "h": handle.number}, handle, None, None, 0)
 
     def call(self, header: Header, timeout_s: float) -> Header:
         """A request that belongs to no handle.  Raises UkaiError."""
@@ -421,7 +427,8 @@ class Client:
     def _hold(self, writer: Handle, offset: int, length: int, channel: Channel, inc: str) -> None:
         with self._changed:
             if self._inc == inc and not self._closed:
-                key = writer.shortcut.write_begins(offset, length)  # it may yet be done: no direct read may see it
+                with self._order:
+                    key = writer.shortcut.write_begins(offset, length)  # it may yet be done: no read may pass it
                 channel.on_drop = functools.partial(writer.shortcut.write_ends, key)
                 self._overdue.hold(writer.disk.uuid, channel, time.monotonic())
                 return

@@ -4,6 +4,9 @@ Pure: no socket, file, thread or clock.  What was read must not vanish when this
 answered yet must not be seen: reads that overlap one go through blockd, which makes them wait.  All writes of this
 node pass through this process, and are noted here before they are sent.  A write that is never answered stays noted
 as long as it might still be done.
+
+And when an fsync needs no round to blockd: a write that was alone from its beginning to its answer, with the answer
+that nothing is left to be flushed, has seen all that the image's handles here have written (R7).
 """
 
 from __future__ import annotations
@@ -29,24 +32,32 @@ class Loan:
 class Shortcut:
     """The loans of one image and its writes under way; shared by all handles of it."""
 
-    __slots__ = ("_keys", "loans", "page", "writes")
+    __slots__ = ("_alone", "_keys", "flushed", "loans", "page", "writes")
 
     def __init__(self) -> None:
         self.page: Page | None = None
         self.loans: dict[int, Loan] = {}
         self.writes: dict[int, tuple[int, int]] = {}
         """key → first byte and end of a write or discard that has no answer."""
+        self.flushed = False
+        """All that was written here is on the disks; an fsync has nothing to do."""
+        self._alone = -1
+        """Key of the last write, if no other was under way when it began."""
         self._keys = itertools.count()
 
     def write_begins(self, offset: int, length: int) -> int:
-        """To be called before a write is sent; the result is for ``write_ends``."""
+        """To be called before a write is sent; the result is for ``write_ends``.  One at a time, or an end."""
         key = next(self._keys)
+        self.flushed = False
+        self._alone = -1 if self.writes else key
         self.writes[key] = (offset, offset + length)
         return key
 
-    def write_ends(self, key: int) -> None:
-        """It was answered, or can't be done any more."""
+    def write_ends(self, key: int, clean: bool = False) -> None:
+        """It was answered, or can't be done any more.  ``clean``: with nothing left to be flushed at blockd."""
         self.writes.pop(key, None)
+        if clean and key == self._alone:
+            self.flushed = True
 
     def loan(self, block: int, offset: int, length: int, now: float) -> Loan | None:
         """What a read may be served from, if ``good`` says so again afterwards; None: ask blockd."""
