@@ -7,7 +7,8 @@ here are a ROUTER and a DEALER to any ZeroMQ library (ZMTP 3.0 over TCP and UNIX
     accept or connect ──greeting and READY sent──▶ greeting ──READY received──▶ ready ──end, broken rule──▶ closed
 
 A connection keeps the order of its messages, and each arrives whole or not at all (R6 builds on both).  What arrives
-with one system call is handled together; what is sent meanwhile to one peer goes out with one call.
+with one system call is handled together.  A ROUTER's answers to it go out with one call after that, other answers at
+once; what a DEALER sends in one turn of the loop goes out with one call at the next.
 """
 
 from __future__ import annotations
@@ -203,18 +204,15 @@ class Connection:
         on_message: Callable[[Frames], None],
         on_end: Callable[[], object],
         on_garbage: Garbage,
-        *,
-        at_once: bool = False,
     ) -> None:
-        """``at_once``: what is sent need not wait for what else this turn of the loop may send."""
-        self._sock, self._at_once = sock, at_once
+        self._sock, self._answers = sock, kind == "ROUTER"
         self._on_message, self._on_end, self._on_garbage = on_message, on_end, on_garbage
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(limit_bytes)
         self._queue: deque[Data] = deque()
         self._queue_bytes = 0
         self._timer: asyncio.Handle | None = None
-        self._leisurely = self._blocked = self._closed = False
+        self._handling = self._leisurely = self._blocked = self._closed = False
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -252,6 +250,7 @@ class Connection:
             self._on_garbage(e)
             self._ended()
             return
+        self._handling = True
         for frames in messages:
             try:
                 self._on_message(frames)
@@ -262,6 +261,9 @@ class Connection:
         while decoder.pings:
             pong = b"\x04PONG" + decoder.pings.pop(0)
             self._put([bytes((COMMAND, len(pong))), pong], False)
+        self._handling = False
+        if self._answers and self._queue and not self._blocked:
+            self._push()
 
     def send(self, frames: Sequence[Data], may_wait: bool = False) -> bool:
         """Send without waiting; false when the connection is not ready or too much waits already.
@@ -281,8 +283,9 @@ class Connection:
             self._queue_bytes += size
         if self._blocked:
             return
-        if self._at_once:
-            self._push()
+        if self._answers:
+            if not self._handling:
+                self._push()
         elif may_wait and self._queue_bytes < LEISURE_BYTES:
             if self._timer is None:
                 self._timer, self._leisurely = self._loop.call_later(LEISURE_S, self._push), True
@@ -354,16 +357,12 @@ class Router:
     def __init__(
         self, endpoint: str, limit_bytes: int, on_message: Callable[[Frames], None], on_garbage: Garbage
     ) -> None:
-        """Raises OSError when the address can't be used.
-
-        Each connection of a frontend's carries one request at a time, so an answer has nothing to wait for there.
-        """
+        """Raises OSError when the address can't be used."""
         self._limit_bytes, self._on_message, self._on_garbage = limit_bytes, on_message, on_garbage
         self._connections: dict[bytes, Connection] = {}
         self._names = itertools.count(1)
         self._loop = asyncio.get_running_loop()
         family, address = _address(endpoint)
-        self._at_once = family == socket.AF_UNIX
         self._path = address if isinstance(address, str) else ""
         self._socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
@@ -398,7 +397,6 @@ class Router:
             lambda frames: self._on_message([name, *frames]),
             functools.partial(self._connections.pop, name, None),
             self._on_garbage,
-            at_once=self._at_once,
         )
 
     def send(self, frames: Sequence[Data]) -> bool:
