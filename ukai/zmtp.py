@@ -38,6 +38,9 @@ RECEIVE_BYTES = 256 * 2**10
 """Room for what one system call brings; any frame below LARGE_BYTES fits."""
 FRAMES_LIMIT = 8
 """Of a longer message some in the middle are left out.  No message of ours has half as many, so it is refused."""
+SEND_BUFFER_BYTES = 2 * 2**20
+"""Of a UNIX socket: a large message goes in one call, not in turns with its receiver."""
+_SO_SNDBUFFORCE = 32
 QUEUE_LIMIT_BYTES = 256 * 2**20
 PARTS_AT_ONCE = 256
 """Buffers for one sendmsg; the system's limit is 1024."""
@@ -214,11 +217,7 @@ class Connection:
         self._timer: asyncio.Handle | None = None
         self._handling = self._leisurely = self._blocked = self._closed = False
         sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in KEEPALIVE:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        _prepare(sock)
         self._fd = sock.fileno()
         self._greeted_by = self._loop.call_later(GREETING_TIMEOUT_S, self._not_greeted)
         self._loop.add_reader(self._fd, self._readable)
@@ -340,6 +339,19 @@ class Connection:
         self._loop.remove_writer(self._fd)
         self._sock.close()
         self._queue.clear()
+
+
+def _prepare(sock: socket.socket) -> None:
+    if sock.family == socket.AF_UNIX:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
+        except PermissionError:  # as much as the system allows to all
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _address(endpoint: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
@@ -476,6 +488,7 @@ class Line:
         self._unsent: list[Data] = [greeting("DEALER")]
         self._sock = sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._fd = sock.fileno()
+        _prepare(sock)
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(slice_s), int(slice_s % 1 * 1e6)))
         try:
