@@ -51,8 +51,11 @@ def unpack(frame: bytes | memoryview, limit: int = HEADER_LIMIT_BYTES) -> Header
         )
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError, OverflowError, MemoryError) as e:
         raise RemoteProtocolError(f"header is not valid msgpack: {type(e).__name__}") from None
-    if type(header) is not dict or any(type(key) is not str for key in header):
+    if type(header) is not dict:
         raise RemoteProtocolError("header is not a map with text keys")
+    for key in header:
+        if type(key) is not str:
+            raise RemoteProtocolError("header is not a map with text keys")
     version = header.get("v")
     if type(version) is not int or version != VERSION:
         raise VersionError(f"protocol version {show(version)} is not {VERSION}; run the same release on all nodes")

@@ -46,6 +46,8 @@ PARTS_AT_ONCE = 256
 """Buffers for one sendmsg; the system's limit is 1024."""
 LEISURE_S, LEISURE_BYTES = 0.001, 128 * 2**10
 """So long, and until so much is there, waits what need not go at once."""
+HABIT_MESSAGES = 8
+"""After so many requests of which each was alone under way, the next is not held back for others."""
 RECONNECT_S, RECONNECT_LIMIT_S = 0.05, 1.0
 GREETING_TIMEOUT_S = 3.0
 ACCEPT_PAUSE_S = 1.0
@@ -215,6 +217,10 @@ class Connection:
         self._queue: deque[Data] = deque()
         self._queue_bytes = 0
         self._timer: asyncio.Handle | None = None
+        self._unanswered = 0
+        """Requests of a DEALER that have no answer yet, as far as each has one."""
+        self._lonely = 0
+        """How many in a row were sent when no other was under way."""
         self._handling = self._leisurely = self._blocked = self._closed = False
         sock.setblocking(False)
         _prepare(sock)
@@ -250,6 +256,7 @@ class Connection:
             self._ended()
             return
         self._handling = True
+        self._unanswered -= len(messages)
         for frames in messages:
             try:
                 self._on_message(frames)
@@ -272,6 +279,12 @@ class Connection:
         """
         if self._closed or not self._decoder.ready or self._queue_bytes >= QUEUE_LIMIT_BYTES:
             return False
+        if self._unanswered <= 0:
+            self._unanswered = 0
+            self._lonely += 1
+        else:
+            self._lonely = 0
+        self._unanswered += 1
         self._put(encode(frames), may_wait)
         return not self._closed
 
@@ -285,6 +298,8 @@ class Connection:
         if self._answers:
             if not self._handling:
                 self._push()
+        elif self._lonely >= HABIT_MESSAGES and self._timer is None and not may_wait:
+            self._push()
         elif may_wait and self._queue_bytes < LEISURE_BYTES:
             if self._timer is None:
                 self._timer, self._leisurely = self._loop.call_later(LEISURE_S, self._push), True
@@ -539,8 +554,9 @@ class Line:
         return self._messages.pop(0)
 
     def _receive(self) -> None:
+        decoder = self._decoder
         try:
-            count = self._sock.recv_into(self._decoder.space())
+            count = self._sock.recv_into(decoder.space())
         except BlockingIOError:
             raise TimeoutError from None
         if not count:
