@@ -8,11 +8,12 @@ import functools
 import itertools
 import logging
 import os
+import queue
 import secrets
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import zmq
@@ -48,6 +49,31 @@ def _tell(future: asyncio.Future[Any], result: Any, error: Exception | None) -> 
         future.set_result(result)
     else:
         future.set_exception(error)
+
+
+class DiskThreads:
+    """Threads that take work from one queue.  What concurrent.futures does beside that is a tenth of a small fsync."""
+
+    def __init__(self, count: int) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, name=f"disk {n}", daemon=True) for n in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """``work`` raises nothing."""
+        self._work.put(work)
+
+    def close(self) -> None:
+        """What was submitted is done first."""
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join()
 
 
 class PeerTransport:
@@ -93,7 +119,7 @@ class BlockServer:
         boot_id_file: str = BOOT_ID,
     ) -> None:
         self._config, self._node, self._telemetry = config, node, telemetry
-        self._pool = ThreadPoolExecutor(DISK_THREADS, "disk")
+        self._pool = DiskThreads(DISK_THREADS)
         self.store = Store(config.data_root, config.blockname_format, disk or Disk(), config.open_files_limit)
         self.store.open(str(uuid.uuid4()))
         for line in self.store.strange:
@@ -159,7 +185,7 @@ class BlockServer:
         self._lender.close()
         for router in self._routers:
             router.close()
-        self._pool.shutdown(wait=True)
+        self._pool.close()
         self.store.close()
         return True
 
