@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import resource
+import select
 import socket
 import threading
 import time
@@ -433,7 +434,7 @@ def test_an_address_that_is_taken_is_an_error(endpoint: str) -> None:
 class Listener:
     """The far end of a line, played by hand."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, slice_s: float = SLICE_S) -> None:
         family, address = zmtp._address(endpoint)
         self._socket = socket.socket(family)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -441,7 +442,7 @@ class Listener:
         self._socket.listen()
         thread = threading.Thread(target=self._greet)
         thread.start()
-        self.line = Line(endpoint, SLICE_S, LIMIT_BYTES)
+        self.line = Line(endpoint, slice_s, LIMIT_BYTES)
         thread.join()
 
     def _greet(self) -> None:
@@ -472,6 +473,22 @@ def test_a_line_waits_a_slice_at_a_time(endpoint: str) -> None:
             at.line.receive()
         at.far.sendall(answer[700:])
         assert at.line.receive() == [b"answer", b"x" * 1000]
+
+
+def test_a_line_looks_for_an_answer_without_waiting(endpoint: str) -> None:
+    with Listener(endpoint, slice_s=10 * TIMEOUT_S) as at:
+        at.line.send([b"question"])
+        assert not at.line.has_message()
+        at.far.sendall(joined([b"answer"]))
+        deadline = time.monotonic() + TIMEOUT_S
+        while not at.line.has_message():
+            assert time.monotonic() < deadline
+        assert at.line.has_message()
+        assert at.line.receive() == [b"answer"]
+        at.far.shutdown(socket.SHUT_RDWR)
+        select.select([at.line._fd], [], [], TIMEOUT_S)
+        with pytest.raises(ConnectionError):
+            at.line.has_message()
 
 
 def test_a_line_to_who_says_nothing_is_none(endpoint: str) -> None:

@@ -553,10 +553,16 @@ class Line:
             self._receive()
         return self._messages.pop(0)
 
-    def _receive(self) -> None:
-        decoder = self._decoder
+    def has_message(self) -> bool:
+        """Whether a message is there, without waiting.  Raises ConnectionError, RemoteProtocolError."""
+        with contextlib.suppress(TimeoutError):
+            while not self._messages:
+                self._receive(socket.MSG_DONTWAIT)
+        return bool(self._messages)
+
+    def _receive(self, flags: int = 0) -> None:
         try:
-            count = self._sock.recv_into(decoder.space())
+            count = self._sock.recv_into(self._decoder.space(), 0, flags)
         except BlockingIOError:
             raise TimeoutError from None
         if not count:
