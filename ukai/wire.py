@@ -96,7 +96,7 @@ class Port:
         sent = True
         try:
             if large:
-                self.socket.send_multipart([*frames[:-1], _owned(last)], _DONTWAIT, copy=False)
+                self.socket.send_multipart(frames, _DONTWAIT, copy=False)
             else:
                 send = self.socket.send
                 for frame in frames[:-1]:
@@ -123,13 +123,6 @@ class Port:
             if self._again is not None:
                 self._again.cancel()
             self.socket.close(linger_ms)
-
-
-def _owned(data: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview | zmq.Frame:
-    """What was received is sent on as ZeroMQ's own: no thread of pyzmq has to hear when it is gone."""
-    if type(data) is memoryview and isinstance(data.obj, zmq.Frame) and len(data.obj) == len(data):
-        return data.obj
-    return data
 
 
 def bound(context: zmq.Context[Any], endpoint: str, limit: int, on_message: Callable[[Frames], None]) -> Port:
