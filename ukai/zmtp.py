@@ -52,7 +52,13 @@ RECONNECT_S, RECONNECT_LIMIT_S = 0.05, 1.0
 GREETING_TIMEOUT_S = 3.0
 ACCEPT_PAUSE_S = 1.0
 BACKLOG = 128
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3))
+KEEPALIVE = (
+    (socket.TCP_KEEPIDLE, 2),
+    (socket.TCP_KEEPINTVL, 1),
+    (socket.TCP_KEEPCNT, 3),
+    (socket.TCP_USER_TIMEOUT, 30_000),
+)
+"""A connection to a machine that is gone ends, be it that nothing or something was to be sent."""
 
 MORE, LONG, COMMAND = 1, 2, 4
 GREETING_BYTES = 64
