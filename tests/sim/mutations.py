@@ -582,7 +582,7 @@ MUTATIONS = (
     Mutation("R3", "replicas are not fenced", _no_fence, _world("split", "takeover"), ("fenced",)),
     Mutation("R3", "fences are not counted", _no_check_of_fences, _world("split"), ("fenced",)),
     Mutation("R3", "a lease is not waited for", _no_lease_wait, _world("split"), (READS,)),
-    Mutation("R4", "acknowledged before marked", _acknowledge_before_mark, _world("cut", "freeze"), (LACKS,)),
+    Mutation("R4", "acknowledged before marked", _acknowledge_before_mark, _world("cut", "freeze"), (LACKS, STORED)),
     Mutation("R4", "a failed replica is forgotten", _failed_replica_forgotten, _world("cut", "freeze"), (LACKS,)),
     Mutation("R4", "the first answer is enough", _first_answer_is_enough, _world("freeze"), (LACKS,)),
     Mutation("R4", "a loan outlasts a mark", _loan_outlasts_a_mark, _world("disk", "freeze", "sync"), (READS,)),
