@@ -20,10 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.machine import PortRange
-from ukai import zmtp
+from ukai import sockets, zmtp
 from ukai.errors import RemoteProtocolError
+from ukai.frontend.line import Line
+from ukai.sockets import Dealer, Router
 from ukai.wire import LARGE_BYTES, Frames
-from ukai.zmtp import Data, Dealer, Decoder, Line, Router, encode, greeting
+from ukai.zmtp import Data, Decoder, encode, greeting
 
 LIMIT_BYTES = 8 * 2**20
 TIMEOUT_S = 20.0
@@ -57,7 +59,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def raw(endpoint: str) -> socket.socket:
-    family, address = zmtp._address(endpoint)
+    family, address = sockets.address(endpoint)
     sock = socket.socket(family)
     sock.settimeout(TIMEOUT_S)
     sock.connect(address)
@@ -308,12 +310,12 @@ def test_what_may_wait_goes_with_what_may_not_and_by_itself_after_a_while(
         await until(lambda: got == [b"first"])
         assert dealer.send([b"by itself"], may_wait=True)
         await until(lambda: got[1:] == [b"by itself"])
-        monkeypatch.setattr(zmtp, "LEISURE_S", 10 * TIMEOUT_S)
+        monkeypatch.setattr(sockets, "LEISURE_S", 10 * TIMEOUT_S)
         assert dealer.send([b"a"], may_wait=True)
         assert dealer.send([b"b"], may_wait=True)
         assert dealer.send([b"c"])
         await until(lambda: got[2:] == [b"a", b"b", b"c"])
-        assert dealer.send([bytes(zmtp.LEISURE_BYTES)], may_wait=True), "so much need not wait"
+        assert dealer.send([bytes(sockets.LEISURE_BYTES)], may_wait=True), "so much need not wait"
         await until(lambda: len(got) == 6)
         dealer.close()
         router.close()
@@ -325,7 +327,7 @@ def test_a_peer_that_does_not_read_is_sent_no_more_than_the_limit(
     endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what was taken for it comes whole and in order when it reads again."""
-    monkeypatch.setattr(zmtp, "QUEUE_LIMIT_BYTES", 3 * 2**20)
+    monkeypatch.setattr(sockets, "QUEUE_LIMIT_BYTES", 3 * 2**20)
 
     async def story() -> None:
         names: list[bytes] = []
@@ -378,7 +380,7 @@ def test_a_dealer_connects_anew_and_queues_nothing_meanwhile(endpoint: str) -> N
 
 
 def test_who_never_says_ready_is_let_go(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zmtp, "GREETING_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(sockets, "GREETING_TIMEOUT_S", 0.05)
 
     async def story() -> None:
         router = Router(endpoint, LIMIT_BYTES, lambda frames: None, no_garbage)
@@ -395,12 +397,12 @@ def test_who_never_says_ready_is_let_go(endpoint: str, monkeypatch: pytest.Monke
 def test_a_router_without_descriptors_goes_on_when_it_has_some(
     endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(zmtp, "ACCEPT_PAUSE_S", 0.02)
+    monkeypatch.setattr(sockets, "ACCEPT_PAUSE_S", 0.02)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     async def story() -> None:
         router = Router(endpoint, LIMIT_BYTES, lambda frames: None, no_garbage)
-        family, address = zmtp._address(endpoint)
+        family, address = sockets.address(endpoint)
         peer = socket.socket(family)
         free = os.dup(0)
         os.close(free)
@@ -435,7 +437,7 @@ class Listener:
     """The far end of a line, played by hand."""
 
     def __init__(self, endpoint: str, slice_s: float = SLICE_S) -> None:
-        family, address = zmtp._address(endpoint)
+        family, address = sockets.address(endpoint)
         self._socket = socket.socket(family)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(address)
@@ -492,7 +494,7 @@ def test_a_line_looks_for_an_answer_without_waiting(endpoint: str) -> None:
 
 
 def test_a_line_to_who_says_nothing_is_none(endpoint: str) -> None:
-    family, address = zmtp._address(endpoint)
+    family, address = sockets.address(endpoint)
     with socket.socket(family) as mute:
         mute.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         mute.bind(address)

@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from ukai import zmtp
+from ukai import sockets
 
 
 def main(name: str) -> None:
@@ -20,9 +20,9 @@ def main(name: str) -> None:
     def routed(socket: zmq.Socket[Any], endpoint: str) -> Any:
         return connect(socket, routes.get(endpoint, endpoint))
 
-    address = zmtp._address
+    address = sockets.address
 
-    setattr(zmtp, "_address", lambda endpoint: address(str(routes.get(endpoint, endpoint))))  # noqa: B010 — as above
+    setattr(sockets, "address", lambda endpoint: address(str(routes.get(endpoint, endpoint))))  # noqa: B010 — as above
     setattr(zmq.Socket, "connect", routed)  # noqa: B010 — what mypy takes for granted is changed here
     sys.argv = [f"ukai-{name}"]
     sys.exit(importlib.import_module(f"ukai.{name}.main").main())

@@ -32,9 +32,9 @@ from ukai.messages import Header
 from ukai.metalink import MetadLink
 from ukai.mirror import Mirror
 from ukai.model import STATUS_NAMES
+from ukai.sockets import Dealer, Garbage, Router
 from ukai.telemetry import Telemetry
 from ukai.wire import Frames
-from ukai.zmtp import Dealer, Garbage, Router
 
 log = logging.getLogger(__name__)
 

@@ -26,10 +26,10 @@ from ukai import messages
 from ukai.errors import RemoteProtocolError, StaleHandle, Timeout, UkaiError, Unreachable, from_wire
 from ukai.frontend.borrower import Borrower
 from ukai.frontend.core import Handle, Overdue, Verdict, after_error, pause_s
+from ukai.frontend.line import Line
 from ukai.frontend.shortcut import Shortcut
 from ukai.frontend.watch import SLICE_MS, Watch
 from ukai.messages import REPLY_LIMIT_BYTES, Header
-from ukai.zmtp import Line
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,104 @@
+"""A connection to blockd for one thread of libfuse at a time: it sends, and waits for the answer, itself."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import socket
+import struct
+from collections.abc import Sequence
+
+from ukai import sockets
+from ukai.wire import LARGE_BYTES, Frames
+from ukai.zmtp import PARTS_AT_ONCE, Data, Decoder, encode, greeting
+
+_send = ctypes.PyDLL(None).send
+_send.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
+_send.restype = ctypes.c_ssize_t
+_AT_ONCE = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
+class Line:
+    """A DEALER without a loop, for one thread at a time.  No call waits for longer than ``slice_s``."""
+
+    __slots__ = ("_decoder", "_fd", "_messages", "_sock", "_unsent")
+
+    def __init__(self, endpoint: str, slice_s: float, limit_bytes: int) -> None:
+        """Raises OSError when no peer says READY within a slice, RemoteProtocolError when it is none of ours."""
+        family, where = sockets.address(endpoint)
+        self._decoder = Decoder(limit_bytes)
+        self._messages: list[Frames] = []
+        self._unsent: list[Data] = [greeting("DEALER")]
+        self._sock = sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._fd = sock.fileno()
+        sockets.prepare(sock)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(slice_s), int(slice_s % 1 * 1e6)))
+        try:
+            sock.connect(where)
+            self.send_rest()
+            while not self._decoder.ready:
+                self._receive()
+        except BaseException:
+            sock.close()
+            raise
+
+    def send(self, frames: Sequence[Data]) -> None:
+        """Raises TimeoutError, and send_rest() goes on; ConnectionError when the connection has ended."""
+        parts = encode(frames)
+        if not self._unsent and len(frames[-1]) < LARGE_BYTES:
+            message = b"".join(parts)
+            # The call keeps the interpreter: to give it away and to get it back would cost more than the call.
+            sent = _send(self._fd, message, len(message), _AT_ONCE)
+            if sent == len(message):
+                return
+            parts = [memoryview(message)[max(0, sent) :]]
+        self._unsent += parts
+        self.send_rest()
+
+    def send_rest(self) -> None:
+        """Raises as send() does."""
+        unsent = self._unsent
+        while unsent:
+            try:
+                sent = self._sock.sendmsg(unsent[:PARTS_AT_ONCE])
+            except BlockingIOError:
+                raise TimeoutError from None
+            while unsent and sent >= len(unsent[0]):
+                sent -= len(unsent.pop(0))
+            if sent:
+                unsent[0] = memoryview(unsent[0])[sent:]
+
+    def receive(self, into: memoryview | None = None) -> Frames:
+        """One message.  A frame of LARGE_BYTES or more that has just the size of ``into`` may be ``into`` itself.
+
+        Raises TimeoutError, and the same call goes on; ConnectionError when the connection has ended;
+        RemoteProtocolError.
+        """
+        if not self._messages:
+            self._decoder.sink = into
+        while not self._messages:
+            self._receive()
+        return self._messages.pop(0)
+
+    def has_message(self) -> bool:
+        """Whether a message is there, without waiting.  Raises ConnectionError, RemoteProtocolError."""
+        with contextlib.suppress(TimeoutError):
+            while not self._messages:
+                self._receive(socket.MSG_DONTWAIT)
+        return bool(self._messages)
+
+    def _receive(self, flags: int = 0) -> None:
+        try:
+            count = self._sock.recv_into(self._decoder.space(), 0, flags)
+        except BlockingIOError:
+            raise TimeoutError from None
+        if not count:
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        self._messages = self._decoder.received(count)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.close()
