@@ -11,6 +11,7 @@ import pytest
 from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.core import Core
 from ukai.blockd.frontends import FRONTEND_BEATS, Frontends
+from ukai.errors import StaleSession
 from ukai.telemetry import Metrics
 
 BEAT_S = 0.5
@@ -82,3 +83,15 @@ def test_only_a_synchronous_write_says_that_nothing_is_left_to_flush(sync: bool,
     frontends.answer(header, b"data", lambda fields, _payload: replies.append(fields))
     assert written == [(5, b"data", sync)]
     assert replies == [{"clean": True} if said else {}]
+
+
+def test_what_a_closed_handle_has_under_way_goes_no_further() -> None:
+    """Thawed when its machine was stopped, it would take the role from one that runs elsewhere (seed 2837)."""
+    core = SimpleNamespace(frontends=SimpleNamespace(handles={}))
+    image = SimpleNamespace(core=core, own="n", image=SimpleNamespace(lost={}), name=lambda: "disk")
+    handle = Handle(1, "f", cast(Coordinator, image), 3, 0.0)
+    core.frontends.handles[1] = handle
+    Coordinator.check_handle(cast(Coordinator, image), handle)
+    core.frontends.handles[1] = Handle(1, "f", cast(Coordinator, image), 3, 1.0)
+    with pytest.raises(StaleSession, match="was closed"):
+        Coordinator.check_handle(cast(Coordinator, image), handle)

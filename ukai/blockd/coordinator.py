@@ -27,6 +27,7 @@ from ukai.errors import (
     NotFound,
     StaleEpoch,
     StaleHandle,
+    StaleSession,
     Timeout,
     UkaiError,
 )
@@ -166,7 +167,12 @@ class Coordinator:
         return self.held and self.epoch == epoch
 
     def check_handle(self, handle: Handle) -> None:
-        """Raises StaleHandle when the node lost the role after the handle was opened (R2)."""
+        """Raises StaleHandle when the node lost the role after the handle was opened (R2), StaleSession once closed.
+
+        What a closed handle had under way may not take the role again: the image may be in use elsewhere by now.
+        """
+        if self.core.frontends.handles.get(handle.number) is not handle:
+            raise StaleSession("this handle was closed meanwhile; open the image anew")
         if handle.epoch < self.image.lost.get(self.own, 0):
             raise StaleHandle(
                 f"image {self.name()} was taken over by another hypervisor; stop this machine, or open the image anew"

@@ -316,6 +316,7 @@ class Writes:
             c.check_handle(handle)
             try:
                 await c.role.acquire(handle.epoch, "io", deadline)
+                c.check_handle(handle)
                 if data is None and not written(c.image.replicas(block)):
                     return
                 hot = await self._heat(block, offset, offset + length)
