@@ -32,7 +32,7 @@ from tests.blockd.files import (
 from tests.durability.cut import power_cut
 from tests.durability.journal import JournaledDisk
 from ukai.blockd.disk import PIECE_BYTES, Disk
-from ukai.blockd.files import GENERATIONS, HASH_BYTES, HOLE, META, TEMPORARY
+from ukai.blockd.files import GENERATIONS, HASH_BYTES, HOLE, META, TEMPORARY, write_all
 from ukai.blockd.image_store import ImageStore
 from ukai.blockd.store import Store
 from ukai.errors import Busy, Damaged, DiskError, Exists, NoSpace, NotFound, StaleEpoch, UkaiError, UsageError
@@ -71,7 +71,7 @@ def test_a_large_write_goes_to_the_kernel_in_aligned_pieces(tmp_path: Path, monk
     monkeypatch.setattr(os, "pwrite", pwrite)
     disk, data = Disk(), random.Random(1).randbytes(3 * PIECE_BYTES)
     fd = disk.open(str(tmp_path / "f"), create=True)
-    assert disk.pwrite(fd, data, 1000) == len(data)
+    write_all(disk, fd, data, 1000)
     assert calls == [
         (1000, PIECE_BYTES - 1000),
         (PIECE_BYTES, PIECE_BYTES),
@@ -81,7 +81,10 @@ def test_a_large_write_goes_to_the_kernel_in_aligned_pieces(tmp_path: Path, monk
     assert disk.pread(fd, len(data), 1000) == data
     calls.clear()
     stop_after[0] = 2
-    assert disk.pwrite(fd, data, 0) == 2 * PIECE_BYTES, "what was written counts"
+    with pytest.raises(OSError, match="full"):
+        write_all(disk, fd, data, 0)
+    assert calls == [(0, PIECE_BYTES), (PIECE_BYTES, PIECE_BYTES), (2 * PIECE_BYTES, PIECE_BYTES)]
+    assert disk.pread(fd, 2 * PIECE_BYTES, 0) == data[: 2 * PIECE_BYTES], "what was written counts"
     calls.clear()
     stop_after[0] = 0
     with pytest.raises(OSError, match="full"):

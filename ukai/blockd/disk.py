@@ -48,23 +48,10 @@ class Disk:
         os.ftruncate(fd, size)
 
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
-        """Bytes written, which may be fewer than given.  Raises OSError when there are none."""
-        size = len(data)
-        if size <= PIECE_BYTES:
-            return os.pwrite(fd, data, offset)
-        view, done = memoryview(data), 0
-        while done < size:
-            piece = min(size - done, PIECE_BYTES - (offset + done) % PIECE_BYTES)
-            try:
-                written = os.pwrite(fd, view[done : done + piece], offset + done)
-            except OSError:
-                if done:
-                    break  # whoever writes the rest hears of it
-                raise
-            done += written
-            if written < piece:
-                break
-        return done
+        """Bytes written, which may be fewer than given: of more than PIECE_BYTES those up to a multiple of it."""
+        if len(data) > PIECE_BYTES:
+            data = memoryview(data)[: PIECE_BYTES - offset % PIECE_BYTES]
+        return os.pwrite(fd, data, offset)
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         return os.pread(fd, length, offset)
