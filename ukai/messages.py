@@ -6,6 +6,7 @@ with a new ``VERSION``.  An unknown field is ignored, an unknown version is refu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import msgpack
@@ -51,11 +52,8 @@ def unpack(frame: bytes | memoryview, limit: int = HEADER_LIMIT_BYTES) -> Header
         )
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError, OverflowError, MemoryError) as e:
         raise RemoteProtocolError(f"header is not valid msgpack: {type(e).__name__}") from None
-    if type(header) is not dict:
+    if type(header) is not dict or not set(map(type, header)) <= {str}:
         raise RemoteProtocolError("header is not a map with text keys")
-    for key in header:
-        if type(key) is not str:
-            raise RemoteProtocolError("header is not a map with text keys")
     version = header.get("v")
     if type(version) is not int or version != VERSION:
         raise VersionError(f"protocol version {show(version)} is not {VERSION}; run the same release on all nodes")
@@ -122,13 +120,8 @@ def texts(header: Header, name: str, limit: int = 10_000) -> list[str]:
 
 def ranges(header: Header, name: str, high: int = 2**63 - 1) -> Ranges:
     """The list of ``[first, last]`` block ranges ``name`` (both ends included), empty when absent."""
-    value = header.get(name, [])
-    if type(value) is not list:
-        raise RemoteProtocolError(f"field {name}: a list of ranges is wanted")
     out: Ranges = []
-    for item in value:
-        if type(item) is not list or len(item) != 2 or type(item[0]) is not int or type(item[1]) is not int:
-            raise RemoteProtocolError(f"field {name}: a range is [first, last], not {show(item)}")
+    for item in _rows(header, name, "[first, last]", 2):
         if not 0 <= item[0] <= item[1] <= high:
             raise RemoteProtocolError(f"field {name}: range {item} is out of order or out of bounds")
         out.append((item[0], item[1]))
@@ -140,14 +133,20 @@ def range_map(header: Header, name: str, kind: type, high: int = 2**63 - 1) -> R
 
     Raises RemoteProtocolError.
     """
-    value = header.get(name, [])
-    if type(value) is not list:
-        raise RemoteProtocolError(f"field {name}: a list of ranges is wanted")
     out: RangeMap[Any] = RangeMap()
-    for item in value:
-        if type(item) is not list or len(item) != 3 or type(item[0]) is not int or type(item[1]) is not int:
-            raise RemoteProtocolError(f"field {name}: a range is [first, last, value], not {show(item)}")
+    for item in _rows(header, name, "[first, last, value]", 3):
         if not 0 <= item[0] <= item[1] <= high or type(item[2]) is not kind:
             raise RemoteProtocolError(f"field {name}: {show(item)} is out of order, out of bounds or of the wrong kind")
         out.set(item[0], item[1], item[2])
     return out
+
+
+def _rows(header: Header, name: str, form: str, length: int) -> Iterator[list[Any]]:
+    """The lists of ``length`` values, of which the first two are whole numbers, in ``name``; none when absent."""
+    value = header.get(name, [])
+    if type(value) is not list:
+        raise RemoteProtocolError(f"field {name}: a list of ranges is wanted")
+    for item in value:
+        if type(item) is not list or len(item) != length or type(item[0]) is not int or type(item[1]) is not int:
+            raise RemoteProtocolError(f"field {name}: a range is {form}, not {show(item)}")
+        yield item
