@@ -90,11 +90,12 @@ class Connection:
         self._queue: deque[Data] = deque()
         self._queue_bytes = 0
         self._timer: asyncio.Handle | None = None
+        """When the queue is to be sent: after LEISURE_S, or at the next turn of the loop."""
         self._unanswered = 0
         """Requests of a DEALER that have no answer yet, as far as each has one."""
         self._lonely = 0
         """How many in a row were sent when no other was under way."""
-        self._handling = self._leisurely = self._blocked = self._closed = False
+        self._handling = self._blocked = self._closed = False
         sock.setblocking(False)
         prepare(sock)
         self._fd = sock.fileno()
@@ -175,11 +176,11 @@ class Connection:
             self._push()
         elif may_wait and self._queue_bytes < LEISURE_BYTES:
             if self._timer is None:
-                self._timer, self._leisurely = self._loop.call_later(LEISURE_S, self._push), True
-        elif self._timer is None or self._leisurely:
+                self._timer = self._loop.call_later(LEISURE_S, self._push)
+        elif self._timer is None or isinstance(self._timer, asyncio.TimerHandle):
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer, self._leisurely = self._loop.call_soon(self._push), False
+            self._timer = self._loop.call_soon(self._push)
 
     def _push(self) -> None:
         """Hand to the system what it takes."""

@@ -18,7 +18,7 @@ from ukai.errors import LocalProtocolError, RemoteProtocolError, Timeout, Unreac
 from ukai.messages import Header
 
 Frames = list[bytes | memoryview]
-"""A frame of LARGE_BYTES or more is a view of ZeroMQ's own memory: nothing is copied, and it is sent on as it is."""
+"""A frame of LARGE_BYTES or more is a view of the memory that it was received into."""
 
 LARGE_BYTES = 64 * 2**10
 """From here on copying costs more than counting who uses the memory; pyzmq copies smaller ones anyway."""

@@ -66,7 +66,7 @@ class Decoder:
         self._limit_bytes = limit_bytes
         self._buffer = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
-        self._start = self._end = 0
+        self._end = 0
         self._large: memoryview | None = None
         """The memory of the large frame under way, and how much of it is there."""
         self._filled, self._large_more = 0, 0
@@ -98,9 +98,11 @@ class Decoder:
                 self._take(large, self._large_more, messages)
             return messages
         self._end += count
-        if not self._greeted and not self._greet():
-            return messages
-        buffer, view, start, end = self._buffer, self._view, self._start, self._end
+        buffer, view, start, end = self._buffer, self._view, 0, self._end
+        if not self._greeted:
+            if not self._greet():
+                return messages
+            start = GREETING_BYTES
         while end - start >= 2:
             flags = buffer[start]
             if flags & LONG:
@@ -130,7 +132,7 @@ class Decoder:
         left = end - start
         if left and start:
             buffer[:left] = buffer[start:end]
-        self._start, self._end = 0, left
+        self._end = left
         return messages
 
     def _take(self, frame: bytes | memoryview, more: int, messages: list[Frames]) -> None:
@@ -144,6 +146,7 @@ class Decoder:
             self._frames.pop()
 
     def _greet(self) -> bool:
+        """Whether the greeting is whole."""
         hello = bytes(self._view[: min(self._end, GREETING_BYTES)])
         if hello[:1] != b"\xff" or (len(hello) > 9 and hello[9] != 0x7F) or (len(hello) > 10 and hello[10] < 3):
             raise RemoteProtocolError("no ZeroMQ peer, or one older than ZMTP 3")
@@ -152,7 +155,7 @@ class Decoder:
         mechanism = hello[12:32].rstrip(b"\0")
         if mechanism != b"NULL":
             raise RemoteProtocolError(f"security mechanism {mechanism!r:.30} is not spoken here")
-        self._greeted, self._start = True, GREETING_BYTES
+        self._greeted = True
         return True
 
     def _command(self, body: bytes) -> None:

@@ -46,7 +46,10 @@ class Shortcut:
         self._keys = itertools.count()
 
     def write_begins(self, offset: int, length: int) -> int:
-        """To be called before a write is sent; the result is for ``write_ends``.  One at a time, or an end."""
+        """To be called before a write is sent; the result is for ``write_ends``.
+
+        The caller sees to it that neither this nor an end that is ``clean`` runs beside another of them.
+        """
         key = next(self._keys)
         self.flushed = False
         self._alone = -1 if self.writes else key
