@@ -271,15 +271,14 @@ def test_all_messages_come_in_order_and_one_defect_loses_no_other(
     seen: list[int] = []
     back: list[int] = []
 
-    def serve(frames: Frames) -> None:
-        number = int.from_bytes(frames[1], "big")
-        seen.append(number)
-        if number == 3:
-            raise ValueError("a defect")
-        assert router.send(frames)
-
     async def story() -> None:
-        global router
+        def serve(frames: Frames) -> None:
+            number = int.from_bytes(frames[1], "big")
+            seen.append(number)
+            if number == 3:
+                raise ValueError("a defect")
+            assert router.send(frames)
+
         router = Router(endpoint, LIMIT_BYTES, serve, no_garbage)
         dealer = Dealer(endpoint, LIMIT_BYTES, lambda f: back.append(int.from_bytes(f[0], "big")), no_garbage)
         await until(lambda: dealer.send([(0).to_bytes(4, "big")]))
@@ -293,9 +292,6 @@ def test_all_messages_come_in_order_and_one_defect_loses_no_other(
     assert seen == list(range(2000))
     assert back == [n for n in range(2000) if n != 3]
     assert [r.levelno for r in caplog.records if "defect" in r.message] == [logging.ERROR]
-
-
-router: Router
 
 
 def test_what_may_wait_goes_with_what_may_not_and_by_itself_after_a_while(

@@ -142,10 +142,14 @@ class Frontends:
 
         def done(error: UkaiError | None, data: Payload | None = None, lendable: bool = False) -> None:
             stats.done(self._core.now() - began, size, error is not None)
-            if error is None:
-                reply({"lend": True} if lendable else {"clean": True} if sync and c.flusher.clean() else {}, data)
-            else:
+            if error is not None:
                 reply(error_reply(error), None)
+            elif lendable:
+                reply({"lend": True}, data)
+            elif sync and c.flusher.clean():
+                reply({"clean": True}, data)
+            else:
+                reply({}, data)
 
         return done
 
@@ -180,17 +184,13 @@ class Frontends:
         sync = header.get("s") is True
         c = handle.coordinator
         if header["op"] == "z":
-            length = integer(header, "l", 1)
-            c.writes.write(
-                handle, integer(header, "o"), None, length, sync, self._answer(reply, c, "discard", length, sync)
-            )
-            return
-        if not payload or len(payload) > TRANSFER_LIMIT_BYTES:
+            op, payload, length = "discard", None, integer(header, "l", 1)
+        elif payload and len(payload) <= TRANSFER_LIMIT_BYTES:
+            op, length = "write", len(payload)
+        else:
             raise RemoteProtocolError(f"a write carries 1 to {TRANSFER_LIMIT_BYTES} bytes")
-        length = len(payload)
-        c.writes.write(
-            handle, integer(header, "o"), payload, length, sync, self._answer(reply, c, "write", length, sync)
-        )
+        offset = integer(header, "o")
+        c.writes.write(handle, offset, payload, length, sync, self._answer(reply, c, op, length, sync))
 
     def _flush(self, header: Header, _payload: Payload | None, reply: Reply) -> None:
         handle = self._handle(header)
