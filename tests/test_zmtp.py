@@ -23,6 +23,7 @@ from tests.machine import PortRange
 from ukai import sockets, zmtp
 from ukai.errors import RemoteProtocolError
 from ukai.frontend.line import Line
+from ukai.polling import Patience
 from ukai.sockets import Dealer, Router
 from ukai.wire import LARGE_BYTES, Frames
 from ukai.zmtp import Data, Decoder, encode, greeting
@@ -487,6 +488,22 @@ def test_a_line_looks_for_an_answer_without_waiting(endpoint: str) -> None:
         select.select([at.line._fd], [], [], TIMEOUT_S)
         with pytest.raises(ConnectionError):
             at.line.has_message()
+
+
+def test_a_line_with_patience_looks_before_it_sleeps(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patience = Patience(1e7)
+    with Listener(endpoint, slice_s=10 * TIMEOUT_S) as at:
+        for said in (b"slept", b"looked"):
+            at.line.send([b"question"])
+            if said == b"looked":
+                assert patience.pays
+                monkeypatch.setattr(os, "sched_yield", lambda: at.far.sendall(joined([b"looked"])))
+            else:
+                at.far.sendall(joined([said]))
+            assert at.line.receive(None, patience) == [said]
+        monkeypatch.setattr(os, "sched_yield", lambda: at.far.shutdown(socket.SHUT_RDWR))
+        with pytest.raises(ConnectionError):
+            at.line.receive(None, patience)
 
 
 def test_a_line_to_who_says_nothing_is_none(endpoint: str) -> None:

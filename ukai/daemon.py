@@ -22,6 +22,7 @@ from ukai import __version__, fault_dir
 from ukai.config import Config, load
 from ukai.errors import UkaiError
 from ukai.node import own_address
+from ukai.polling import BusySelector, Patience
 from ukai.telemetry import Telemetry, log_to_stderr
 
 log = logging.getLogger(__name__)
@@ -74,11 +75,13 @@ def main(
     factory: Factory,
     *,
     check: Callable[[Config, str], int | None] | None = None,
+    busy_poll: bool = False,
     argv: list[str] | None = None,
 ) -> int:
     """Run one daemon until it is told to stop; returns its exit code.
 
     ``check(config, node)`` looks for what can be wrong (raises UkaiError) or returns an exit code to leave with.
+    ``busy_poll``: its loop is one that guests wait for.
     """
     parser = argparse.ArgumentParser(prog=f"ukai-{process}", description=f"The {process} process of UKAI.")
     parser.add_argument("--config", help="settings, a TOML file (default: $UKAI_CONFIG or /etc/ukai/ukai.toml)")
@@ -95,7 +98,9 @@ def main(
             return code
         be_io_flusher()
         keep_memory()
-        return asyncio.run(_serve(process, factory, config, node))
+        patience = Patience(config.busy_poll_us if busy_poll else 0)
+        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(BusySelector(patience))) as runner:
+            return runner.run(_serve(process, factory, config, node))
     except UkaiError as e:
         print(f"ukai-{process}: {e.message}", file=sys.stderr)
         return EXIT_USAGE if e.exit_code == EXIT_USAGE else 1

@@ -102,6 +102,8 @@ def era_settings(chance: random.Random) -> dict[str, object]:
     }
     if "short_circuit" in KEYS:
         settings["short_circuit"] = chance.choice(["true", "false"])
+    if "busy_poll_us" in KEYS:
+        settings["busy_poll_us"] = chance.choice([0, 300])
     return settings
 
 

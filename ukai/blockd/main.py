@@ -9,7 +9,7 @@ from ukai.blockd.server import BlockServer
 
 
 def main() -> None:
-    sys.exit(daemon.main("blockd", BlockServer))
+    sys.exit(daemon.main("blockd", BlockServer, busy_poll=True))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ukai.frontend.line import Line
 from ukai.frontend.shortcut import Shortcut
 from ukai.frontend.watch import SLICE_MS, Watch
 from ukai.messages import REPLY_LIMIT_BYTES, Header
+from ukai.polling import Patience
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ CLOSE_WAIT_S = 2.0
 CONNECT_PAUSE_S = 0.02
 
 _CHANGES_DATA = ("w", "z")
+_QUICK = ("r", "w", "z")
+"""What waits for no disk, as a rule."""
 
 
 class _Gone(Exception):
@@ -56,8 +59,8 @@ class Channel:
         self.line: Line | None = None
         """None until it is connected."""
         self.number = 0
-        self.busy_bytes = -1
-        """Bytes of the request under way; −1: none."""
+        self.busy_bytes = 0
+        """Bytes of the request under way."""
         self.on_drop: Callable[[], None] | None = None
 
 
@@ -74,6 +77,7 @@ class Client:
         io_timeout_s: float,
         beat_interval_s: float,
         borrower: Borrower | None = None,
+        busy_poll_us: float = 0,
     ) -> None:
         self.name = secrets.token_hex(8)
         self.protocol_errors = 0
@@ -81,7 +85,8 @@ class Client:
         self._io_timeout_s = io_timeout_s
         self._inc = ""
         self._free: list[Channel] = []
-        self._all: set[Channel] = set()
+        self._busy: set[Channel] = set()
+        """Those with a request under way."""
         self._changed = threading.Condition(threading.RLock())
         self._overdue: Overdue[Channel] = Overdue(io_timeout_s)
         self._numbers = itertools.count((secrets.randbits(30) << 32) + 1)
@@ -89,6 +94,8 @@ class Client:
         self._closing: set[int] = set()
         self._order = threading.Lock()
         """What Shortcut hears of writes comes one after the other."""
+        self._patience = Patience(busy_poll_us)
+        """Of a thread with the only request, if it is a quick one: it takes the interpreter, or a core, from others."""
         self._borrower = borrower
         """None: all reads go through blockd."""
         self._shortcuts: dict[str, Shortcut] = {}
@@ -156,8 +163,8 @@ class Client:
 
     def under_way(self) -> tuple[int, int]:
         """Requests without a reply yet, and their bytes."""
-        busy = [c.busy_bytes for c in list(self._all) if c.busy_bytes >= 0]
-        return len(busy), sum(busy)
+        busy = list(self._busy)
+        return len(busy), sum(c.busy_bytes for c in busy)
 
     @property
     def connected(self) -> bool:
@@ -282,10 +289,11 @@ class Client:
             channel = self._free.pop()
         except IndexError:
             channel = Channel()
-            self._all.add(channel)
         channel.number = number = channel.number + 1
         channel.busy_bytes = size
+        self._busy.add(channel)
         header["id"] = number
+        quick = header["op"] in _QUICK and not header.get("s")
         sent = received = answered = False
         try:
             data = messages.pack(header)
@@ -298,7 +306,7 @@ class Client:
                 self._insist(e, line.send_rest, inc, deadline, "can't be reached", Unreachable)
             sent = True
             try:
-                frames = line.receive(into)
+                frames = line.receive(into, self._patience if quick and len(self._busy) == 1 else None)
             except OSError as e:
                 what = f"did not answer {header['op']}"
                 frames = self._insist(e, lambda: line.receive(into), inc, deadline, what, Timeout)
@@ -319,7 +327,7 @@ class Client:
             sent = False
             raise
         finally:
-            channel.busy_bytes = -1
+            self._busy.discard(channel)
             if answered and len(self._free) < IDLE_CHANNELS:
                 self._free.append(channel)
             elif sent and not received and writer is not None:
@@ -435,7 +443,6 @@ class Client:
         self._drop(channel)
 
     def _drop(self, channel: Channel) -> None:
-        self._all.discard(channel)
         if channel.line is not None:
             channel.line.close()
         if channel.on_drop is not None:

@@ -9,8 +9,10 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from time import monotonic
 
 from ukai import sockets
+from ukai.polling import Patience
 from ukai.wire import LARGE_BYTES, Frames
 from ukai.zmtp import PARTS_AT_ONCE, Data, Decoder, encode, greeting
 
@@ -71,16 +73,22 @@ class Line:
             if sent:
                 unsent[0] = memoryview(unsent[0])[sent:]
 
-    def receive(self, into: memoryview | None = None) -> Frames:
+    def receive(self, into: memoryview | None = None, patience: Patience | None = None) -> Frames:
         """One message.  A frame of LARGE_BYTES or more that has just the size of ``into`` may be ``into`` itself.
+        Before the thread sleeps it looks for the message as long as ``patience`` says.
 
         Raises TimeoutError, and the same call goes on; ConnectionError when the connection has ended;
         RemoteProtocolError.
         """
         if not self._messages:
             self._decoder.sink = into
-        while not self._messages:
-            self._receive()
+            began = monotonic()
+            if looked := patience is not None and patience.pays:
+                patience.look(self.has_message, patience.limit_s)
+            while not self._messages:
+                self._receive()
+            if patience is not None:
+                patience.waited(monotonic() - began, looked)
         return self._messages.pop(0)
 
     def has_message(self) -> bool:

@@ -41,7 +41,14 @@ class FrontendServer:
         self._config, self._node, self._metrics = config, node, telemetry.metrics
         self._library = binding.load(config.fuse_binding)
         borrower = Borrower(config.loans_socket, config.lent_files_limit) if config.short_circuit else None
-        self._client = Client(context, config.blockd_endpoint, config.io_timeout, config.beat_interval, borrower)
+        self._client = Client(
+            context,
+            config.blockd_endpoint,
+            config.io_timeout,
+            config.beat_interval,
+            borrower,
+            config.busy_poll_us,
+        )
         self._files = Files(self._client, self._metrics, config.io_timeout)
         self._files.on_release = self._released
         self._link = MetadLink(context, config, detail=False, on_garbage=self._garbage)
