@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ukai.blockd.disk import Disk
@@ -39,9 +40,13 @@ def write(image: ImageStore, block: int, offset: int, data: bytes, generation: i
 def flush(image: ImageStore, blocks: list[int]) -> dict[int, str]:
     """What ``Replica.flush`` does, without a thread: block → reason for those that failed."""
     image.take_unflushed()
-    failed = image.flush_beside(image.flush_begin(blocks))
-    image.flush_end(failed)
-    return failed
+    return flush_these(image, blocks)
+
+
+def flush_these(image: ImageStore, blocks: Iterable[int]) -> dict[int, str]:
+    """The same, and other blocks stay unflushed."""
+    work = image.flush_begin(blocks)
+    return image.flush_end(work, image.flush_beside(work))
 
 
 def pattern(length: int, seed: int) -> bytes:

@@ -24,6 +24,7 @@ from tests.blockd.files import (
     block_path,
     descriptors,
     flush,
+    flush_these,
     new_image,
     open_store,
     pattern,
@@ -397,7 +398,7 @@ def test_flush_covers_blocks_and_generations_and_forgets_nothing_written_meanwhi
     assert image.unflushed == {0}
     blocks = image.take_unflushed()
     write(image, 1, 0, b"y", 2)
-    assert image.flush_beside(image.flush_begin(blocks)) == {}
+    assert flush_these(image, blocks) == {}
     assert image.unflushed == {1}
 
 
@@ -424,7 +425,7 @@ def test_generations_are_flushed_when_one_was_written(reopen: OpenStore) -> None
     write(image, 0, 0, b"z", 3)
     work = image.flush_begin([0])
     write(image, 1, 0, b"z", 3)
-    assert image.flush_beside(work) == {}
+    assert image.flush_end(work, image.flush_beside(work)) == {}
     assert names() == [GENERATIONS, block]
     assert flush(image, [1]) == {}
     assert names() in ([FORMAT % 1], [GENERATIONS, FORMAT % 1])

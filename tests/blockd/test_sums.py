@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.blockd.conftest import OpenStore
-from tests.blockd.files import FORMAT, STORE_ID, UUID, block_path, pattern
+from tests.blockd.files import FORMAT, STORE_ID, UUID, block_path, flush_these, pattern
 from ukai.blockd.disk import Disk
 from ukai.blockd.files import HASH_BYTES, HOLE, SUMS
 from ukai.blockd.image_store import ImageStore
@@ -176,9 +176,7 @@ def test_checksums_are_flushed_with_the_data_and_a_failure_poisons(reopen: OpenS
 def flush_one(image: ImageStore, block: int) -> dict[int, str]:
     """As ``Replica.flush``: other blocks stay unflushed."""
     image.unflushed.discard(block)
-    failed = image.flush_beside(image.flush_begin([block]))
-    image.flush_end(failed)
-    return failed
+    return flush_these(image, [block])
 
 
 def test_a_lost_file_of_sums_is_noticed(reopen: OpenStore, root: Path) -> None:

@@ -369,7 +369,7 @@ def _through_only_here() -> list[Patch]:
 
 
 def _through_only_there() -> list[Patch]:
-    async def flush_here(self: writes.Writes, op: writes.Op, _image: ImageStore) -> None:
+    def flush_here(self: writes.Writes, op: writes.Op, _image: ImageStore) -> None:
         op.answered(self._c.own, None)
 
     return [(writes.Writes, "_flush_here", flush_here)]

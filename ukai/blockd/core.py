@@ -412,6 +412,8 @@ class Core:
             return
         if isinstance(answer, tuple):
             reply(*answer)
+        elif isinstance(answer, asyncio.Future):  # of the loop's own, which raises nothing
+            answer.add_done_callback(lambda future: reply(*future.result()))
         else:
             self.spawn(self.later(answer, reply))
 

@@ -23,6 +23,7 @@ class Generations:
         self.numbers = array.array("Q", bytes(8 * count))
         self.writes, self._synced = 0, -1
         """How many were written; how many of these writes are on the disk (−1: not known)."""
+        self._borrowed_at = 0
         self.lost = ""
         """Why some that were written may not be on the disk: all are made anew before the next flush (R7)."""
         self._fd = -1
@@ -59,23 +60,18 @@ class Generations:
 
     # --- what is on the disk
 
-    @property
-    def unsynced(self) -> bool:
-        """Whether anything was written since the last flush."""
-        return self._synced != self.writes
-
     def borrow(self) -> int:
-        """A descriptor for a flush.  Raises OSError."""
+        """A descriptor for a flush, or −1 where nothing was written since the last one.  Raises OSError."""
         if self.lost:
             self._renew()
-        return self._disk.dup(self._fd)
+        self._borrowed_at = self.writes
+        return self._disk.dup(self._fd) if self._synced != self.writes or not self._disk.linked(self._fd) else -1
 
-    def flushed(self, writes: int, reason: str) -> str:
-        """A flush that began after so many writes has ended; why it, or one before it, has lost some."""
+    def flushed(self, reason: str) -> None:
+        """The flush of what was borrowed has ended; why it has lost some."""
         if not reason:
-            self._synced = max(self._synced, writes)
+            self._synced = max(self._synced, self._borrowed_at)
         self.lost = self.lost or reason
-        return self.lost
 
     def sync(self) -> None:
         """What was just written is on the disk; nothing is said of what a former fdatasync lost.  Raises DiskError."""

@@ -58,8 +58,6 @@ class ImageStore:
         self.block_count = -(-self.size // self.block_size)
         self.sums = Sums(self.disk, self.directory, self.size, self.block_size) if meta.get("checksum") else None
         """The checksums of an image that asks for them."""
-        self._sums_lost = ""
-        """Why sums that were written may not be on the disk, until flush_end() hears of it."""
         self.unflushed: set[int] = set()
         self.poisoned: dict[int, str] = {}
         """Blocks whose fdatasync failed: it never succeeds again as if nothing had happened (R7)."""
@@ -394,11 +392,12 @@ class ImageStore:
     def flush_begin(self, blocks: Iterable[int]) -> list[tuple[int, int, str]]:
         """What flush_beside() needs: (block, borrowed descriptor, reason why there is none).
 
-        −1 stands for the generations, −2 for the checksums.
+        −1 stands for the generations, −2 for the checksums.  All of it goes to flush_end() afterwards.
         """
         out: list[tuple[int, int, str]] = []
         try:
-            out.append((-1, self._gens.borrow(), ""))
+            if (fd := self._gens.borrow()) >= 0:
+                out.append((-1, fd, ""))
         except OSError as e:
             out.append((-1, -1, disk_error(e, self._gens.path).message))
         if self.sums is not None:
@@ -418,55 +417,66 @@ class ImageStore:
                 out.append((block, -1, e.message))
         return out
 
-    def flush_beside(self, work: list[tuple[int, int, str]]) -> dict[int, str]:
-        """fdatasync of generations and blocks, in a thread; block → reason for those that failed (R7)."""
-        failed: dict[int, str] = {}
-        lost = sums_lost = ""
-        for block, fd, given in work:
-            writes = self._gens.writes
-            reason = given or self._flush_one(block, fd)
-            if block == -2:
-                self._sums_lost = sums_lost = reason
-            elif block == -1:
-                lost = self._gens.flushed(writes, reason)
-            elif reason or sums_lost or lost:
-                failed[block] = reason or sums_lost or lost
-        return failed
+    def flush_beside(self, work: list[tuple[int, int, str]]) -> list[str]:
+        """fdatasync of each, in a thread; why it failed.
 
-    def _flush_one(self, block: int, fd: int) -> str:
-        """fdatasync of one borrowed descriptor, which is closed; why it failed."""
-        what = self.path(block) if block >= 0 else f"{self.directory}/{GENERATIONS if block == -1 else SUMS}"
+        Nothing else is done there: after each system call the thread would have to wait for the interpreter.
+        """
+        return [reason or self._fdatasync(block, fd) for block, fd, reason in work]
+
+    def _fdatasync(self, block: int, fd: int) -> str:
         try:
-            if block != -1 or self._gens.unsynced:
-                self.disk.fdatasync(fd)
-            if not self.disk.linked(fd):
-                return f"{what} was removed while in use"
-            if block >= 0:
-                self._check_size(fd, block)
+            self.disk.fdatasync(fd)
         except OSError as e:
-            return f"fdatasync of {what}: {os.strerror(e.errno or errno.EIO)}"
-        except UkaiError as e:
-            return e.message
-        finally:
-            self.disk.close(fd)
+            return f"fdatasync of {self._borrowed(block)}: {os.strerror(e.errno or errno.EIO)}"
         return ""
 
-    def flush_end(self, failed: dict[int, str]) -> None:
-        """A block whose flush failed keeps failing until it is made anew (R7).
+    def _borrowed(self, block: int) -> str:
+        return self.path(block) if block >= 0 else f"{self.directory}/{GENERATIONS if block == -1 else SUMS}"
 
-        One that failed for its generation alone does not: generations are made anew before the next flush.  Where
-        checksums were lost, none can tell those of which blocks.
+    def flush_end(self, work: list[tuple[int, int, str]], reasons: list[str]) -> dict[int, str]:
+        """Close what was borrowed; block → reason for those that failed.
+
+        They keep failing until they are made anew (R7).  One that failed for its generation alone does not:
+        generations are made anew before the next flush.  Where checksums were lost, none can tell
+        those of which blocks.
         """
+        failed: dict[int, str] = {}
+        sums_lost = ""
+        for (block, fd, _), reason in zip(work, reasons, strict=True):
+            if fd >= 0:
+                reason = self._give_back(block, fd) or reason
+            if block == -1:
+                self._gens.flushed(reason)
+            elif block == -2:
+                sums_lost = reason
+            elif reason or sums_lost or self._gens.lost:
+                failed[block] = reason or sums_lost or self._gens.lost
         new = {b: reason for b, reason in failed.items() if reason != self._gens.lost}
-        if self._sums_lost:
-            new |= dict.fromkeys(self.unflushed, self._sums_lost)
-            self._sums_lost = ""
+        if sums_lost:
+            new |= dict.fromkeys(self.unflushed, sums_lost)
         for block in new.keys() - self.poisoned.keys():
             self.poisoned[block] = new[block]
             try:
                 self.set_generation(block, self.generations[block])
             except UkaiError as e:
                 log.warning("%s; a blockd that is started anew will not know: %s", new[block], e)
+        return failed
+
+    def _give_back(self, block: int, fd: int) -> str:
+        """Close a borrowed descriptor; why what it stands for is no good any more."""
+        try:
+            if not self.disk.linked(fd):
+                return f"{self._borrowed(block)} was removed while in use"
+            if block >= 0:
+                self._check_size(fd, block)
+        except OSError as e:
+            return disk_error(e, self._borrowed(block)).message
+        except UkaiError as e:
+            return e.message
+        finally:
+            self.disk.close(fd)
+        return ""
 
     def take_unflushed(self) -> set[int]:
         """The blocks with writes that no flush has covered; later writes go to a new set."""

@@ -9,9 +9,10 @@ session or a former process are refused before a file is touched.  Then all fiel
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, TypeVar
 
 from ukai import faults
 from ukai.blockd.files import HOLE, zeros
@@ -23,6 +24,9 @@ from ukai.ranges import RangeSet
 
 Payload = bytes | bytearray | memoryview
 Answer = tuple[Header, Payload | None]
+Flushed = Callable[[dict[int, str]], None]
+"""Hears which blocks could not be flushed, and why."""
+T = TypeVar("T")
 RunDisk = Callable[..., Awaitable[Any]]
 
 HASH_LENGTH_LIMIT_BYTES = 64 * 2**20
@@ -30,6 +34,11 @@ READ_LIMIT_BYTES = 8 * 2**20
 SUMS_AT_ONCE_BYTES = 4 * 2**20
 SESSION_LIMIT = 1000
 NAME_LIMIT = 255
+
+
+def _tell(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
 
 
 class Session:
@@ -43,15 +52,17 @@ class Session:
 
 
 class _Flush:
-    """The blocks of one image that are flushed together."""
+    """The blocks of one image that are flushed together, and who waits for which of them."""
 
-    __slots__ = ("before", "begun", "blocks", "task")
+    __slots__ = ("blocks", "waiting")
 
-    def __init__(self, before: _Flush | None) -> None:
-        self.before = before
-        self.begun = False
+    def __init__(self) -> None:
         self.blocks: set[int] = set()
-        self.task: asyncio.Task[dict[int, str]] | None = None
+        self.waiting: list[tuple[Collection[int], Flushed]] = []
+
+    def add(self, blocks: Collection[int], done: Flushed) -> None:
+        self.blocks.update(blocks)
+        self.waiting.append((blocks, done))
 
 
 class Replica:
@@ -66,7 +77,7 @@ class Replica:
         self.boot_id = ""
         """Names the run of the kernel: what was not flushed does not outlive it."""
         self._flushes: dict[ImageStore, _Flush] = {}
-        """The last flush of an image, under way or about to begin."""
+        """Images with a flush under way → what waits for the next one."""
         self._tokens = itertools.count(first_token)
         self.sessions: dict[int, Session] = {}
         self.by_node: dict[str, Session] = {}
@@ -233,42 +244,59 @@ class Replica:
         self._admit(image, epoch)
         return self._flushed(image, blocks)
 
-    async def _flushed(self, image: ImageStore, blocks: list[int]) -> Answer:
-        await faults.pause("replica.flush")
-        failed = await self.flush(image, blocks)
-        await faults.pause("replica.flushed")
-        return {"failed": [[b, reason] for b, reason in failed.items()]}, None
+    def _flushed(self, image: ImageStore, blocks: Collection[int]) -> asyncio.Future[Answer]:
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-    async def flush(self, image: ImageStore, blocks: Iterable[int]) -> dict[int, str]:
-        """fdatasync of some blocks on this node (R7); block → reason for those that failed.
+        def done(failed: dict[int, str]) -> None:
+            faults.point("replica.flushed")
+            _tell(answer, ({"failed": [[b, reason] for b, reason in failed.items()]}, None))
+
+        faults.point("replica.flush")
+        self.flush_soon(image, blocks, done)
+        return answer
+
+    async def flush(self, image: ImageStore, blocks: Collection[int]) -> dict[int, str]:
+        """fdatasync of some blocks on this node (R7); block → reason for those that failed."""
+        found: asyncio.Future[dict[int, str]] = asyncio.get_running_loop().create_future()
+        self.flush_soon(image, blocks, functools.partial(_tell, found))
+        return await found
+
+    def flush_soon(self, image: ImageStore, blocks: Collection[int], done: Flushed) -> None:
+        """fdatasync of some blocks on this node (R7); ``done`` hears of those that failed.
 
         One at a time for each image: what waits for the one under way goes together in the next.  So an error that
         the kernel tells only once can't be missed by a flush beside the one that is told.  It goes on when nobody
         waits for it any more, because what it finds out must not be forgotten.
         """
-        last = self._flushes.get(image)
-        if last is None or last.begun:
-            last = self._flushes[image] = _Flush(last)
-            last.task = asyncio.ensure_future(self._flush_next(image, last))
-        last.blocks.update(blocks)
-        assert last.task is not None
-        failed = await asyncio.shield(last.task)
-        return {b: failed[b] for b in blocks if b in failed}
+        following = self._flushes.get(image)
+        if following is not None:
+            following.add(blocks, done)
+            return
+        flush = _Flush()
+        flush.add(blocks, done)
+        self._flush_begins(image, flush)
 
-    async def _flush_next(self, image: ImageStore, flush: _Flush) -> dict[int, str]:
-        if flush.before is not None and flush.before.task is not None:
-            await asyncio.wait([flush.before.task])
-        flush.before, flush.begun = None, True
+    def _flush_begins(self, image: ImageStore, flush: _Flush) -> None:
+        self._flushes[image] = _Flush()
         blocks = sorted(flush.blocks)
         image.unflushed.difference_update(blocks)
-        try:
-            failed: dict[int, str] = await self.run_disk(image.flush_beside, image.flush_begin(blocks))
-            image.flush_end(failed)
-            return failed
-        finally:
-            if self._flushes.get(image) is flush:
-                del self._flushes[image]
-            self.flushed.set()
+        work = image.flush_begin(blocks)
+        result = asyncio.ensure_future(self.run_disk(image.flush_beside, work))
+        result.add_done_callback(functools.partial(self._flush_ended, image, flush, work))
+
+    def _flush_ended(
+        self, image: ImageStore, flush: _Flush, work: list[tuple[int, int, str]], result: asyncio.Future[list[str]]
+    ) -> None:
+        if result.cancelled():
+            return  # the process ends
+        error = result.exception()
+        failed = image.flush_end(work, result.result() if error is None else [f"the flush failed: {error}"] * len(work))
+        following = self._flushes.pop(image)
+        if following.waiting:
+            self._flush_begins(image, following)
+        self.flushed.set()
+        for blocks, done in flush.waiting:
+            done({b: failed[b] for b in blocks if b in failed})
 
     def _complete(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
         image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)

@@ -201,19 +201,14 @@ class Writes:
         else:
             ops.append(op)
         if through and error is None and hot.local is not None:
-            c.core.spawn(self._flush_here(op, hot.local))
+            self._flush_here(op, hot.local)
         else:
             op.answered(c.own, error)
 
-    async def _flush_here(self, op: Op, image: ImageStore) -> None:
-        error: UkaiError | None = None
-        try:
-            failed = await self._c.core.replica.flush(image, [op.block])
-            if failed:
-                error = DiskError(failed[op.block])
-        except UkaiError as e:
-            error = e
-        op.answered(self._c.own, error)
+    def _flush_here(self, op: Op, image: ImageStore) -> None:
+        """Once the peers have been sent what they wait for."""
+        done = functools.partial(_flushed_here, op, self._c.own)
+        asyncio.get_running_loop().call_soon(self._c.core.replica.flush_soon, image, (op.block,), done)
 
     def _untrack(self, op: Op) -> None:
         c = self._c
@@ -462,6 +457,10 @@ class Writes:
             self._quiet = asyncio.Event()
             await self._quiet.wait()
         await self._c.behind.settled([op for ops in self._c.behind.ops.values() for op in ops])
+
+
+def _flushed_here(op: Op, own: str, failed: dict[int, str]) -> None:
+    op.answered(own, DiskError(failed[op.block]) if failed else None)
 
 
 def _answered(op: Op, node: str, error: UkaiError | None, header: Header, _payload: Payload | None) -> None:
