@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import functools
 import gc
 import logging
 import os
@@ -98,8 +99,8 @@ def main(
             return code
         be_io_flusher()
         keep_memory()
-        patience = Patience(config.busy_poll_us if busy_poll else 0)
-        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(BusySelector(patience))) as runner:
+        loop_factory = functools.partial(_busy_loop, config.busy_poll_us) if busy_poll and config.busy_poll_us else None
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
             return runner.run(_serve(process, factory, config, node))
     except UkaiError as e:
         print(f"ukai-{process}: {e.message}", file=sys.stderr)
@@ -107,6 +108,10 @@ def main(
     except zmq.ZMQError as e:
         print(f"ukai-{process}: cannot open a socket: {e}; is another one running on this node?", file=sys.stderr)
         return 1
+
+
+def _busy_loop(limit_us: float) -> asyncio.AbstractEventLoop:
+    return asyncio.SelectorEventLoop(BusySelector(Patience(limit_us)))
 
 
 async def _serve(process: str, factory: Factory, config: Config, node: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -59,6 +60,7 @@ def test_one_piece_after_the_other_wakes_one_thread(pool: DiskThreads) -> None:
 
         pool.submit(work)
         assert done.wait(WAIT_S)
+        deadline = time.monotonic() + WAIT_S
         while len(pool._idle) < COUNT:  # it puts itself back after its work
-            pass
+            assert time.monotonic() < deadline
     assert len(set(names[1:])) == 1

@@ -444,8 +444,8 @@ class ImageStore:
         failed: dict[int, str] = {}
         sums_lost = ""
         for (block, fd, _), reason in zip(work, reasons, strict=True):
-            if fd >= 0:
-                reason = self._give_back(block, fd) or reason
+            gone = self._give_back(block, fd) if fd >= 0 else ""
+            reason = reason or gone
             if block == -1:
                 self._gens.flushed(reason)
             elif block == -2:

@@ -26,6 +26,7 @@ Payload = bytes | bytearray | memoryview
 Answer = tuple[Header, Payload | None]
 Flushed = Callable[[dict[int, str]], None]
 """Hears which blocks could not be flushed, and why."""
+Waiting = list[tuple[Collection[int], Flushed]]
 T = TypeVar("T")
 RunDisk = Callable[..., Awaitable[Any]]
 
@@ -51,20 +52,6 @@ class Session:
         self.next = 0
 
 
-class _Flush:
-    """The blocks of one image that are flushed together, and who waits for which of them."""
-
-    __slots__ = ("blocks", "waiting")
-
-    def __init__(self) -> None:
-        self.blocks: set[int] = set()
-        self.waiting: list[tuple[Collection[int], Flushed]] = []
-
-    def add(self, blocks: Collection[int], done: Flushed) -> None:
-        self.blocks.update(blocks)
-        self.waiting.append((blocks, done))
-
-
 class Replica:
     """The replicas on this node, as seen by other nodes."""
 
@@ -76,8 +63,8 @@ class Replica:
         """Set when a flush has ended."""
         self.boot_id = ""
         """Names the run of the kernel: what was not flushed does not outlive it."""
-        self._flushes: dict[ImageStore, _Flush] = {}
-        """Images with a flush under way → what waits for the next one."""
+        self._flushes: dict[ImageStore, Waiting] = {}
+        """Images with a flush under way → the blocks that wait for the next one, and who waits for them."""
         self._tokens = itertools.count(first_token)
         self.sessions: dict[int, Session] = {}
         self.by_node: dict[str, Session] = {}
@@ -268,34 +255,34 @@ class Replica:
         the kernel tells only once can't be missed by a flush beside the one that is told.  It goes on when nobody
         waits for it any more, because what it finds out must not be forgotten.
         """
-        following = self._flushes.get(image)
-        if following is not None:
-            following.add(blocks, done)
-            return
-        flush = _Flush()
-        flush.add(blocks, done)
-        self._flush_begins(image, flush)
+        if image in self._flushes:
+            self._flushes[image].append((blocks, done))
+        else:
+            self._flush_begins(image, [(blocks, done)])
 
-    def _flush_begins(self, image: ImageStore, flush: _Flush) -> None:
-        self._flushes[image] = _Flush()
-        blocks = sorted(flush.blocks)
+    def _flush_begins(self, image: ImageStore, waiting: Waiting) -> None:
+        self._flushes[image] = []
+        blocks = sorted({block for wanted, _ in waiting for block in wanted})
         image.unflushed.difference_update(blocks)
         work = image.flush_begin(blocks)
         result = asyncio.ensure_future(self.run_disk(image.flush_beside, work))
-        result.add_done_callback(functools.partial(self._flush_ended, image, flush, work))
+        result.add_done_callback(functools.partial(self._flush_ended, image, waiting, work))
 
     def _flush_ended(
-        self, image: ImageStore, flush: _Flush, work: list[tuple[int, int, str]], result: asyncio.Future[list[str]]
+        self,
+        image: ImageStore,
+        waiting: Waiting,
+        work: list[tuple[int, int, str]],
+        result: asyncio.Future[list[str]],
     ) -> None:
         if result.cancelled():
             return  # the process ends
         error = result.exception()
         failed = image.flush_end(work, result.result() if error is None else [f"the flush failed: {error}"] * len(work))
-        following = self._flushes.pop(image)
-        if following.waiting:
+        if following := self._flushes.pop(image):
             self._flush_begins(image, following)
         self.flushed.set()
-        for blocks, done in flush.waiting:
+        for blocks, done in waiting:
             done({b: failed[b] for b in blocks if b in failed})
 
     def _complete(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:

@@ -75,8 +75,8 @@ class Line:
 
     def receive(self, into: memoryview | None = None, patience: Patience | None = None) -> Frames:
         """One message.  A frame of LARGE_BYTES or more that has just the size of ``into`` may be ``into`` itself.
-        Before the thread sleeps it looks for the message as long as ``patience`` says.
 
+        Before the thread sleeps it looks for the message as long as ``patience`` says.
         Raises TimeoutError, and the same call goes on; ConnectionError when the connection has ended;
         RemoteProtocolError.
         """
