@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tests.blockd.faults import fails_once
 from tests.blockd.files import UUID, block_path, descriptors, new_image, pattern, write
 from ukai.blockd.files import HASH_BYTES, HOLE
 from ukai.blockd.image_store import ImageStore
-from ukai.blockd.replica import SESSION_LIMIT, Answer, Replica
+from ukai.blockd.replica import SESSION_LIMIT, Answer, Later, Replica
 from ukai.blockd.store import Store
 from ukai.errors import (
     BY_CODE,
@@ -42,7 +42,7 @@ async def run_here(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def new_replica(store: Store, registered_seq: int = 100) -> Replica:
-    replica = Replica(store, "replica-inc", TOKEN, run_here)
+    replica = Replica(store, "replica-inc", TOKEN, run_here, lambda _fds, _done: False)
     replica.registered_seq = registered_seq
     return replica
 
@@ -52,6 +52,10 @@ def ask(replica: Replica, header: Header, payload: bytes | None = None) -> tuple
 
     async def answered() -> Answer:
         answer = replica.handle(unpack(pack(dict(header))), payload)
+        if isinstance(answer, Later):
+            told: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+            answer.then(lambda *a: told.set_result(a))
+            return await told
         return answer if isinstance(answer, tuple) else await answer
 
     fields, data = asyncio.run(answered())
@@ -182,7 +186,7 @@ def test_coordinators_of_two_nodes_do_not_disturb_each_other(replica: Replica) -
 
 def test_a_former_process_of_the_replica_is_no_longer_meant(image: ImageStore) -> None:
     old = Sender(new_replica(image.store))
-    old.replica = Replica(image.store, "next-inc", TOKEN + 4096, run_here)
+    old.replica = Replica(image.store, "next-inc", TOKEN + 4096, run_here, lambda _fds, _done: False)
     old.replica.registered_seq = 100
     for op in (*NUMBERED, *SESSION):
         with pytest.raises(StaleSession):
@@ -445,6 +449,39 @@ def test_a_write_with_its_flush_is_answered_when_both_are_done(
 
 def _broken(_fd: int) -> None:
     raise OSError(errno.EIO, "EIO")
+
+
+@pytest.mark.expect_log("defect after a flush")
+def test_a_flush_without_a_thread(image: ImageStore) -> None:
+    for block in range(3):
+        write(image, block, 0, b"x", 7)
+    replica = new_replica(image.store)
+    begun: list[tuple[int, Callable[[list[int]], None]]] = []
+
+    def sync(fds: Sequence[int], done: Callable[[list[int]], None]) -> bool:
+        begun.append((len(fds), done))
+        return True
+
+    replica.sync = sync
+    heard: list[dict[int, str]] = []
+
+    def broken(_failed: dict[int, str]) -> None:
+        raise ValueError("a defect")
+
+    async def flushed() -> None:
+        replica.flush_soon(image, [0, 1], broken)
+        replica.flush_soon(image, [2], heard.append)
+        replica.flush_soon(image, [0, 1], heard.append)
+        begun[0][1]([0, 0, errno.EIO])  # the generations, which were new, and the two blocks
+        assert heard == [], "they wait for the next one"
+        assert [count for count, _ in begun] == [3, 3], "the generations again, which tell of it, and two blocks"
+        begun[1][1]([0, 0, 0])
+
+    before = descriptors()
+    asyncio.run(flushed())
+    assert heard == [{}, {1: f"fdatasync of {image.path(1)}: {os.strerror(errno.EIO)}"}]
+    assert list(image.poisoned) == [1]
+    assert len(descriptors()) <= len(before)
 
 
 def test_what_a_flush_finds_out_is_kept_when_nobody_waits_any_more(image: ImageStore) -> None:

@@ -233,6 +233,7 @@ class Blockd:
             metad=self._metad,
             connect=lambda node, received: Transport(world, self.node, node, self.process, received),
             run_disk=self._run_disk,
+            sync=lambda _fds, _done: False,
             wall=lambda: 1e9 + asyncio.get_running_loop().time(),
             new_id=lambda: f"inc{next(world.numbers)}",
             new_token=lambda: next(world.numbers) << 20,

@@ -104,6 +104,8 @@ def era_settings(chance: random.Random) -> dict[str, object]:
         settings["short_circuit"] = chance.choice(["true", "false"])
     if "busy_poll_us" in KEYS:
         settings["busy_poll_us"] = chance.choice([0, 300])
+    if "aio" in KEYS:
+        settings["aio"] = chance.choice(["true", "false"])
     return settings
 
 

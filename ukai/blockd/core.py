@@ -19,7 +19,7 @@ from ukai.blockd.frontends import TRANSFER_LIMIT_BYTES, Frontends, Reply
 from ukai.blockd.jobs import Run
 from ukai.blockd.orders import Orders
 from ukai.blockd.peer import Connect, Payload, Peer
-from ukai.blockd.replica import Replica
+from ukai.blockd.replica import Later, Replica, Sync
 from ukai.blockd.resync import Resync
 from ukai.blockd.store import Store
 from ukai.blockd.verify import Verify
@@ -70,6 +70,7 @@ class Ports:
     connect: Connect
     run_disk: Callable[..., Awaitable[Any]]
     """Run a blocking function in a thread beside the loop."""
+    sync: Sync
     wall: Callable[[], float]
     new_id: Callable[[], str]
     new_token: Callable[[], int]
@@ -88,7 +89,7 @@ class Core:
         """The loop's clock, in seconds; each request looks at it several times."""
         self.inc = ports.new_id()
         self.run_disk = ports.run_disk
-        self.replica = Replica(store, self.inc, ports.new_token(), ports.run_disk)
+        self.replica = Replica(store, self.inc, ports.new_token(), ports.run_disk, ports.sync)
         self.replica.on_epoch = self._epoch_seen
         self.replica.boot_id = ports.boot_id
         self.lease_until = float("-inf")
@@ -412,8 +413,8 @@ class Core:
             return
         if isinstance(answer, tuple):
             reply(*answer)
-        elif isinstance(answer, asyncio.Future):  # of the loop's own, which raises nothing
-            answer.add_done_callback(lambda future: reply(*future.result()))
+        elif isinstance(answer, Later):
+            answer.then(reply)
         else:
             self.spawn(self.later(answer, reply))
 

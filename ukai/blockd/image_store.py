@@ -36,6 +36,9 @@ from ukai.ranges import RangeMap, join
 if TYPE_CHECKING:
     from ukai.blockd.store import Store
 
+Borrowed = list[tuple[int, int, str]]
+"""What a flush works on: (block, borrowed descriptor, or −1, and the reason why there is none)."""
+
 CHECKS_BESIDE = 4
 """How often a thread looks at a chunk that does not match its checksum before the loop is asked."""
 
@@ -389,12 +392,12 @@ class ImageStore:
             raise disk_error(e, self.sums.path) from e
         self.unflushed.add(block)
 
-    def flush_begin(self, blocks: Iterable[int]) -> list[tuple[int, int, str]]:
-        """What flush_beside() needs: (block, borrowed descriptor, reason why there is none).
+    def flush_begin(self, blocks: Iterable[int]) -> Borrowed:
+        """What a flush of some blocks has to bring to the disk.  All of it goes to flush_end() afterwards.
 
-        −1 stands for the generations, −2 for the checksums.  All of it goes to flush_end() afterwards.
+        As blocks −1 stands for the generations, −2 for the checksums.
         """
-        out: list[tuple[int, int, str]] = []
+        out: Borrowed = []
         try:
             if (fd := self._gens.borrow()) >= 0:
                 out.append((-1, fd, ""))
@@ -417,25 +420,25 @@ class ImageStore:
                 out.append((block, -1, e.message))
         return out
 
-    def flush_beside(self, work: list[tuple[int, int, str]]) -> list[str]:
-        """fdatasync of each, in a thread; why it failed.
+    def flush_beside(self, work: Borrowed) -> list[int]:
+        """fdatasync of each descriptor, in a thread; the errno of each, 0 for those that are done.
 
         Nothing else is done there: after each system call the thread would have to wait for the interpreter.
         """
-        return [reason or self._fdatasync(block, fd) for block, fd, reason in work]
+        return [self._fdatasync(fd) for _, fd, _ in work if fd >= 0]
 
-    def _fdatasync(self, block: int, fd: int) -> str:
+    def _fdatasync(self, fd: int) -> int:
         try:
             self.disk.fdatasync(fd)
         except OSError as e:
-            return f"fdatasync of {self._borrowed(block)}: {os.strerror(e.errno or errno.EIO)}"
-        return ""
+            return e.errno or errno.EIO
+        return 0
 
     def _borrowed(self, block: int) -> str:
         return self.path(block) if block >= 0 else f"{self.directory}/{GENERATIONS if block == -1 else SUMS}"
 
-    def flush_end(self, work: list[tuple[int, int, str]], reasons: list[str]) -> dict[int, str]:
-        """Close what was borrowed; block → reason for those that failed.
+    def flush_end(self, work: Borrowed, numbers: Iterable[int]) -> dict[int, str]:
+        """Close what was borrowed; block → reason for those that failed.  ``numbers``: the errno of each descriptor.
 
         They keep failing until they are made anew (R7).  One that failed for its generation alone does not:
         generations are made anew before the next flush.  Where checksums were lost, none can tell
@@ -443,9 +446,12 @@ class ImageStore:
         """
         failed: dict[int, str] = {}
         sums_lost = ""
-        for (block, fd, _), reason in zip(work, reasons, strict=True):
-            gone = self._give_back(block, fd) if fd >= 0 else ""
-            reason = reason or gone
+        found = iter(numbers)
+        for block, fd, reason in work:
+            if fd >= 0:
+                number = next(found)
+                gone = self._give_back(block, fd)
+                reason = f"fdatasync of {self._borrowed(block)}: {os.strerror(number)}" if number else gone
             if block == -1:
                 self._gens.flushed(reason)
             elif block == -2:

@@ -9,14 +9,16 @@ session or a former process are refused before a file is touched.  Then all fiel
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import itertools
-from collections.abc import Awaitable, Callable, Collection
+import logging
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from ukai import faults
 from ukai.blockd.files import HOLE, zeros
-from ukai.blockd.image_store import ImageStore
+from ukai.blockd.image_store import Borrowed, ImageStore
 from ukai.blockd.store import Store
 from ukai.errors import Damaged, NotReady, RemoteProtocolError, StaleSession
 from ukai.messages import Header, flag, integer, ranges, show, text
@@ -29,12 +31,46 @@ Flushed = Callable[[dict[int, str]], None]
 Waiting = list[tuple[Collection[int], Flushed]]
 T = TypeVar("T")
 RunDisk = Callable[..., Awaitable[Any]]
+Sync = Callable[[Sequence[int], Callable[[list[int]], None]], bool]
+"""fdatasync of descriptors without a thread; see aio.Aio.fdatasync."""
+
+log = logging.getLogger(__name__)
 
 HASH_LENGTH_LIMIT_BYTES = 64 * 2**20
 READ_LIMIT_BYTES = 8 * 2**20
 SUMS_AT_ONCE_BYTES = 4 * 2**20
 SESSION_LIMIT = 1000
 NAME_LIMIT = 255
+
+
+class Later:
+    """An answer that comes once and is handed on at once: a future would wait for the next turn of the loop."""
+
+    __slots__ = ("_answer", "_told")
+
+    def __init__(self) -> None:
+        self._answer: Answer | None = None
+        self._told: Callable[[Header, Payload | None], None] | None = None
+
+    def then(self, told: Callable[[Header, Payload | None], None]) -> None:
+        """``told`` hears the answer."""
+        self._told = told
+        if self._answer is not None:
+            told(*self._answer)
+
+    def tell(self, answer: Answer) -> None:
+        self._answer = answer
+        if self._told is not None:
+            self._told(*answer)
+
+
+def _synced_beside(work: Borrowed, ended: Callable[[list[int]], None], result: asyncio.Future[list[int]]) -> None:
+    """A thread has done the fdatasyncs; a defect in it counts as the failure of all of them."""
+    if result.cancelled():
+        return  # the process ends
+    if (error := result.exception()) is not None:
+        log.error("defect in a flush", exc_info=error)
+    ended(result.result() if error is None else [errno.EIO] * len(work))
 
 
 def _tell(future: asyncio.Future[T], result: T) -> None:
@@ -55,8 +91,8 @@ class Session:
 class Replica:
     """The replicas on this node, as seen by other nodes."""
 
-    def __init__(self, store: Store, inc: str, first_token: int, run_disk: RunDisk) -> None:
-        self.store, self.inc, self.run_disk = store, inc, run_disk
+    def __init__(self, store: Store, inc: str, first_token: int, run_disk: RunDisk, sync: Sync) -> None:
+        self.store, self.inc, self.run_disk, self.sync = store, inc, run_disk, sync
         self.registered_seq = -1
         """Metadata sequence at which this process was registered; −1: not yet, and no session is opened (R8)."""
         self.flushed = asyncio.Event()
@@ -70,7 +106,7 @@ class Replica:
         self.by_node: dict[str, Session] = {}
         self.on_epoch: Callable[[str, int], None] = lambda uuid, epoch: None
         """Called when an image's epoch has grown: a coordinator on this node may have lost its role."""
-        self.numbered: dict[str, Callable[[Header, Payload | None], Answer | Awaitable[Answer]]] = {
+        self.numbered: dict[str, Callable[[Header, Payload | None], Answer | Later | Awaitable[Answer]]] = {
             "w": self._write,
             "ws": self._write_through,
             "z": self._punch,
@@ -90,7 +126,7 @@ class Replica:
             "usage": self._usage,
         }
 
-    def handle(self, header: Header, payload: Payload | None) -> Answer | Awaitable[Answer]:
+    def handle(self, header: Header, payload: Payload | None) -> Answer | Later | Awaitable[Answer]:
         """Answer one message.  Raises UkaiError."""
         op = header.get("op")
         if type(op) is not str:
@@ -196,7 +232,7 @@ class Replica:
         faults.point("replica.written")
         return {}, None
 
-    def _write_through(self, header: Header, payload: Payload | None) -> Awaitable[Answer]:
+    def _write_through(self, header: Header, payload: Payload | None) -> Later:
         """A write with its fdatasync (R7): one answer for both."""
         self._write(header, payload)
         return self._flushed(self._image(header), [header["b"]])
@@ -225,18 +261,18 @@ class Replica:
             await asyncio.sleep(0)
         return {}, None
 
-    def _flush(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
+    def _flush(self, header: Header, _payload: Payload | None) -> Later:
         image, epoch = self._image(header), integer(header, "e")
         blocks = self._blocks(image, header)
         self._admit(image, epoch)
         return self._flushed(image, blocks)
 
-    def _flushed(self, image: ImageStore, blocks: Collection[int]) -> asyncio.Future[Answer]:
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    def _flushed(self, image: ImageStore, blocks: Collection[int]) -> Later:
+        answer = Later()
 
         def done(failed: dict[int, str]) -> None:
             faults.point("replica.flushed")
-            _tell(answer, ({"failed": [[b, reason] for b, reason in failed.items()]}, None))
+            answer.tell(({"failed": [[b, reason] for b, reason in failed.items()]}, None))
 
         faults.point("replica.flush")
         self.flush_soon(image, blocks, done)
@@ -265,25 +301,21 @@ class Replica:
         blocks = sorted({block for wanted, _ in waiting for block in wanted})
         image.unflushed.difference_update(blocks)
         work = image.flush_begin(blocks)
-        result = asyncio.ensure_future(self.run_disk(image.flush_beside, work))
-        result.add_done_callback(functools.partial(self._flush_ended, image, waiting, work))
+        ended = functools.partial(self._flush_ended, image, waiting, work)
+        if not self.sync([fd for _, fd, _ in work if fd >= 0], ended):
+            result = asyncio.ensure_future(self.run_disk(image.flush_beside, work))
+            result.add_done_callback(functools.partial(_synced_beside, work, ended))
 
-    def _flush_ended(
-        self,
-        image: ImageStore,
-        waiting: Waiting,
-        work: list[tuple[int, int, str]],
-        result: asyncio.Future[list[str]],
-    ) -> None:
-        if result.cancelled():
-            return  # the process ends
-        error = result.exception()
-        failed = image.flush_end(work, result.result() if error is None else [f"the flush failed: {error}"] * len(work))
+    def _flush_ended(self, image: ImageStore, waiting: Waiting, work: Borrowed, numbers: list[int]) -> None:
+        failed = image.flush_end(work, numbers)
         if following := self._flushes.pop(image):
             self._flush_begins(image, following)
         self.flushed.set()
         for blocks, done in waiting:
-            done({b: failed[b] for b in blocks if b in failed})
+            try:
+                done({b: failed[b] for b in blocks if b in failed})
+            except Exception:  # the others must hear of it all the same
+                log.exception("defect after a flush")
 
     def _complete(self, header: Header, _payload: Payload | None) -> Awaitable[Answer]:
         image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)

@@ -14,12 +14,13 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import zmq
 
 from ukai import messages
+from ukai.blockd.aio import Aio, Synced
 from ukai.blockd.core import Core, Ports
 from ukai.blockd.disk import Disk
 from ukai.blockd.frontends import Reply
@@ -142,6 +143,7 @@ class BlockServer:
     ) -> None:
         self._config, self._node, self._telemetry = config, node, telemetry
         self._pool = DiskThreads(DISK_THREADS)
+        self._aio: Aio | None = None
         self.store = Store(config.data_root, config.blockname_format, disk or Disk(), config.open_files_limit)
         self.store.open(str(uuid.uuid4()))
         for line in self.store.strange:
@@ -161,6 +163,7 @@ class BlockServer:
             metad=self._link.call,
             connect=self._connect,
             run_disk=self._run_disk,
+            sync=self._sync,
             wall=time.time,
             new_id=lambda: uuid.uuid4().hex[:16],
             new_token=lambda: secrets.randbits(48) << 12,
@@ -190,6 +193,11 @@ class BlockServer:
                 raise UkaiError(f"cannot open {endpoint}: {e.strerror}; is another one running on this node?") from None
             holder.append(router)
             self._routers.append(router)
+        if self._config.aio:
+            try:
+                self._aio = Aio()
+            except OSError as e:
+                log.info("fdatasync is done in threads: no AIO of the kernel's: %s", e.strerror)
         self._lender.start(self.core.frontends.lend)
         self._link.start()
         self._background = [
@@ -207,6 +215,8 @@ class BlockServer:
         self._lender.close()
         for router in self._routers:
             router.close()
+        if self._aio is not None:
+            self._aio.close()
         self._pool.close()
         self.store.close()
         return True
@@ -234,6 +244,9 @@ class BlockServer:
 
         self._pool.submit(work)
         return done
+
+    def _sync(self, fds: Sequence[int], done: Synced) -> bool:
+        return self._aio is not None and self._aio.fdatasync(fds, done)
 
     def _garbage(self, error: RemoteProtocolError) -> None:
         self._telemetry.metrics.count("ukai_protocol_errors_total")
