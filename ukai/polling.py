@@ -16,7 +16,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-LATE_S = 0.0001
+LATE_S = 0.0002
 """A look that takes longer gave the core, or the interpreter, to somebody else."""
 
 _HIGHEST, _LOWEST, _CROWDED = 4, -4, -8

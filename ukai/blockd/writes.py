@@ -208,7 +208,7 @@ class Writes:
     def _flush_here(self, op: Op, image: ImageStore) -> None:
         """Once the peers have been sent what they wait for."""
         done = functools.partial(_flushed_here, op, self._c.own)
-        asyncio.get_running_loop().call_soon(self._c.core.replica.flush_soon, image, (op.block,), done)
+        self._c.core.replica.flush_soon(image, (op.block,), done)
 
     def _untrack(self, op: Op) -> None:
         c = self._c
