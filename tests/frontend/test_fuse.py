@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import machine
 from tests.frontend.harness import BLOCK_SIZE, IO_TIMEOUT_S, SIZE, Stand, errno_of
 from tests.machine import tool, wait_for
 from ukai.errors import DiskError, NoSpace, NotReady, StaleHandle, Timeout
+from ukai.frontend.spare import THREADS
 
 pytestmark = pytest.mark.fuse
 
@@ -543,3 +545,28 @@ def test_dd_and_qemu_img(stand: Stand, tmp_path: Path) -> None:
         expected = b"\7" * 4096 + bytes(8192) + b"\7" * 16384 + bytes(4096) + b"\7" * 32768
         assert stand.node.data["raw"][4096 : 4096 + 65536] == expected
     assert "virtual size: 1 MiB" in run(tool("qemu-img"), "info", raw)
+
+
+# -- threads
+
+
+def test_a_disk_that_stands_still_does_not_hold_up_the_others(stand: Stand) -> None:
+    stand.node.add("second", 65536, 65536)
+    wait_for((stand.mount / "second").exists, "the second image", 5)
+    process = psutil.Process(stand.process.pid)
+    count = 64
+    with opened(stand.disk) as fd, opened(stand.mount / "second") as other:
+        assert os.pread(other, 4, 0) == bytes(4)
+        before = process.num_threads()
+        stand.node.faults["r"] = ["hold"] * count
+        ends = [in_thread(lambda n=n: os.pread(fd, 4096, n * 4096)) for n in range(count)]  # type: ignore[misc]
+        wait_for(lambda: len(stand.node.held) == count, "all of them at blockd", IO_TIMEOUT_S / 2)
+        assert os.pread(other, 4, 0) == bytes(4)
+        stand.node.release()
+        assert [end() for end in ends] == [bytes(4096)] * count
+
+        def gone() -> bool:
+            os.pread(other, 4, 0)
+            return bool(process.num_threads() <= before + THREADS)  # libfuse begins its own when it needs them
+
+        wait_for(gone, "the end of the spare threads", 10)

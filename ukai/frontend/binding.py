@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import importlib
 import logging
 import os
@@ -20,10 +21,10 @@ from typing import Any, Protocol
 
 from ukai.errors import UkaiError
 from ukai.frontend.core import REFUSED
+from ukai.frontend.spare import THREADS, Spares
 
 log = logging.getLogger(__name__)
 
-MAX_THREADS = 32
 MAX_BACKGROUND = 64
 ATTRIBUTE_SECONDS = 1
 ERRNO_LIMIT = 4096
@@ -39,6 +40,10 @@ _memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _memory.restype = ctypes.py_object
 _READ_ONLY, _WRITABLE = 0x100, 0x200
+_free = ctypes.CDLL(None).free
+_free.argtypes = [ctypes.c_void_p]
+_FUSE_BUF_BYTES, _FUSE_BUF_MEM = 128, 16
+"""struct fuse_buf, with room for what later versions add; where in it libfuse notes the memory that it has made."""
 
 
 class Filesystem(Protocol):
@@ -90,13 +95,21 @@ class Library:
     def __str__(self) -> str:
         return f"{self.name} with libfuse {self.version[0]}.{self.version[1]}"
 
-    def run(self, filesystem: Filesystem, mount_point: str, allow_other: bool, mounted: Callable[[], None]) -> int:
+    def run(
+        self,
+        filesystem: Filesystem,
+        mount_point: str,
+        allow_other: bool,
+        mounted: Callable[[], None],
+        spares: Spares | None = None,
+    ) -> int:
         """Mount and serve until unmounted; returns libfuse's exit code (0: it was unmounted).
 
         Not on the main thread: there no Python signal handler would run.  ``mounted`` is called once requests
-        are taken.
+        are taken.  ``spares`` are used where the number of libfuse's threads is bounded.
         """
-        callbacks = _Callbacks(self.module, filesystem, self.version[0], mounted)
+        bounded = self.version >= (3, 12)
+        callbacks = _Callbacks(self.module, filesystem, self.version[0], mounted, spares if bounded else None)
         operations = callbacks.structure()
         options = ["fsname=ukai", "subtype=ukai", "nosuid", "nodev", f"attr_timeout={ATTRIBUTE_SECONDS}"]
         options.append(f"entry_timeout={ATTRIBUTE_SECONDS}")
@@ -105,9 +118,9 @@ class Library:
             options += ["allow_other", "default_permissions"]
         if self.version[0] == 2:
             options += ["direct_io", "big_writes", f"max_background={MAX_BACKGROUND}"]
-        elif self.version >= (3, 12):
+        elif bounded:
             # without the second, 3.14 ends each thread after its request
-            options += [f"max_threads={MAX_THREADS}", f"max_idle_threads={MAX_THREADS}"]
+            options += [f"max_threads={THREADS}", f"max_idle_threads={THREADS}"]
         words = [b"ukai", b"-f", b"-o", ",".join(options).encode(), os.fsencode(mount_point)]
         argv = (ctypes.c_char_p * len(words))(*words)
         library = self.module._libfuse
@@ -146,6 +159,25 @@ def _load(name: str) -> Library:
     return Library(name, module, version)
 
 
+def _serve(library: Any, session: int, wanted: Callable[[], bool]) -> None:
+    """Take requests of the mount, as libfuse's own threads do."""
+    receive, process, exited = (
+        getattr(library, f"fuse_session_{name}") for name in ("receive_buf", "process_buf", "exited")
+    )
+    receive.argtypes = process.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    exited.argtypes = [ctypes.c_void_p]
+    buffer = ctypes.create_string_buffer(_FUSE_BUF_BYTES)
+    try:
+        while wanted() and not exited(session):
+            got = receive(session, buffer)
+            if got > 0:
+                process(session, buffer)
+            elif got not in (-errno.EINTR, -errno.EAGAIN):
+                break  # unmounted
+    finally:
+        _free(ctypes.c_void_p.from_buffer(buffer, _FUSE_BUF_MEM))
+
+
 def _guarded(name: str, work: Callable[..., int], seen: threading.local | None) -> Callable[..., int]:
     """The callback for libfuse: no exception leaves it, and only a return of ``work`` is success.
 
@@ -180,8 +212,11 @@ def _errno(name: str, error: BaseException) -> int:
 class _Callbacks:
     """The functions that libfuse calls.  libfuse3 gives some of them one argument more than libfuse2 does."""
 
-    def __init__(self, module: Any, filesystem: Filesystem, major: int, mounted: Callable[[], None]) -> None:
+    def __init__(
+        self, module: Any, filesystem: Filesystem, major: int, mounted: Callable[[], None], spares: Spares | None
+    ) -> None:
         self._module, self._fs, self._major, self._mounted = module, filesystem, major, mounted
+        self._spares = spares
 
     def structure(self) -> ctypes.Structure:
         """struct fuse_operations; what has no callback stays empty."""
@@ -190,7 +225,7 @@ class _Callbacks:
         work: dict[str, Callable[..., int]] = {name: self._refusal(number) for name, number in REFUSED.items()}
         for name in (
             *("init", "getattr", "readdir", "open", "read", "write", "fsync", "release", "truncate"),
-            *("fallocate", "statfs", "chmod", "chown", "utimens"),
+            *("fallocate", "statfs", "chmod", "chown", "utimens", "destroy"),
         ):
             work[name] = getattr(self, "_" + name)
         if self._major == 2:
@@ -217,7 +252,22 @@ class _Callbacks:
             connection.contents.want &= ~_SPLICE  # data go through memory anyway: pipes only add system calls
             config.contents.nullpath_ok = 1
             config.contents.direct_io = 1
+        if self._spares is not None:
+            self._spares.start(functools.partial(_serve, self._module._libfuse, self._session()))
         self._mounted()
+        return 0
+
+    def _session(self) -> int:
+        """libfuse's session, from within a callback."""
+        library = self._module._libfuse
+        session = library.fuse_get_session
+        session.argtypes, session.restype = [ctypes.c_void_p], ctypes.c_void_p
+        return int(session(library.fuse_get_context().contents.fuse))
+
+    def _destroy(self, *_: Any) -> int:
+        """After the mount has ended, and before libfuse forgets its session."""
+        if self._spares is not None:
+            self._spares.close()
         return 0
 
     def _getattr(self, path: bytes | None, buffer: Any, info: Any = None) -> int:

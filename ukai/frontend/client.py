@@ -87,10 +87,14 @@ class Client:
         self._free: list[Channel] = []
         self._busy: set[Channel] = set()
         """Those with a request under way."""
+        self.crowd, self.crowded = 0, threading.Event()
+        """See ``spare.Crowd``; 0: nobody wants to know."""
         self._changed = threading.Condition(threading.RLock())
         self._overdue: Overdue[Channel] = Overdue(io_timeout_s)
         self._numbers = itertools.count((secrets.randbits(30) << 32) + 1)
         self._handles: dict[int, Handle] = {}
+        self.handle = self._handles.get
+        """The handle of a number, or None."""
         self._closing: set[int] = set()
         self._order = threading.Lock()
         """What Shortcut hears of writes comes one after the other."""
@@ -158,13 +162,14 @@ class Client:
     def handles(self) -> list[Handle]:
         return list(self._handles.values())
 
-    def handle(self, number: int) -> Handle | None:
-        return self._handles.get(number)
-
     def under_way(self) -> tuple[int, int]:
         """Requests without a reply yet, and their bytes."""
         busy = list(self._busy)
         return len(busy), sum(c.busy_bytes for c in busy)
+
+    def waiting(self) -> int:
+        """Requests without a reply yet."""
+        return len(self._busy)
 
     @property
     def connected(self) -> bool:
@@ -292,6 +297,8 @@ class Client:
         channel.number = number = channel.number + 1
         channel.busy_bytes = size
         self._busy.add(channel)
+        if 0 < self.crowd <= len(self._busy) and not self.crowded.is_set():
+            self.crowded.set()
         header["id"] = number
         quick = header["op"] in _QUICK and not header.get("s")
         sent = received = answered = False

@@ -9,6 +9,8 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from os import preadv
+from time import monotonic
 from typing import NoReturn
 
 from ukai.errors import NotFound, UkaiError
@@ -163,7 +165,7 @@ class Files:
         handle = Handle(0, disk, bool(flags & _SYNCHRONOUS))
         handle.reads = self._metrics.op("read", disk.name)
         handle.writes = self._metrics.op("write", disk.name)
-        begin = time.perf_counter()
+        begin = monotonic()
         try:
             self._client.open(handle)
         except UkaiError as e:
@@ -185,14 +187,32 @@ class Files:
         return handle
 
     def read(self, fh: int, into: memoryview, offset: int) -> int:
-        begin = time.perf_counter()
-        handle = self._handle(fh)
+        """The way of a read of a lent block is short on purpose: with sixteen at a time each call counts."""
+        begin = monotonic()
+        handle = self._client.handle(fh) or self._handle(fh)
         length = len(into)
         if offset + length > handle.size:
             length = core.part_to_read(handle.size, offset, length)
             if not length:
                 return 0
             into = into[:length]
+        shortcut, block_size = handle.shortcut, handle.block_size
+        block = offset // block_size
+        within = offset - block * block_size
+        loan = shortcut.loans.get(block)
+        if loan is not None and not shortcut.writes and within + length <= block_size:
+            # What Shortcut.loan and, after the read, Shortcut.good say where nothing is written.
+            page, number = loan.page, loan.number
+            if page is shortcut.page and begin < page.lease[0] and page.numbers[block] == number:
+                try:
+                    count = preadv(loan.file.fd, (into,), within)
+                except OSError:
+                    count = 0  # tried again below, and told
+                end = monotonic()
+                if count == length and end < page.lease[0] and page.numbers[block] == number and not shortcut.writes:
+                    loan.used = True
+                    handle.reads.done(end - begin, length)
+                    return length
         try:
             self._client.read(handle, offset, into)
         except UkaiError as e:
@@ -201,7 +221,7 @@ class Files:
         return length
 
     def write(self, fh: int, data: memoryview, offset: int) -> int:
-        begin = time.perf_counter()
+        begin = monotonic()
         handle = self._handle(fh)
         length = len(data)
         if offset + length > handle.size:
@@ -216,7 +236,7 @@ class Files:
         return length
 
     def fsync(self, fh: int) -> None:
-        begin = time.perf_counter()
+        begin = monotonic()
         handle = self._handle(fh)
         stats = self._metrics.op("flush", handle.disk.name)
         try:
@@ -226,7 +246,7 @@ class Files:
         self._done(stats, begin, 0, False)
 
     def fallocate(self, fh: int, mode: int, offset: int, length: int) -> None:
-        begin = time.perf_counter()
+        begin = monotonic()
         handle = self._handle(fh)
         parts = core.parts_to_zero(mode, handle.size, handle.block_size, offset, length)
         stats = self._metrics.op("discard", handle.disk.name)
@@ -243,7 +263,7 @@ class Files:
 
     def _done(self, stats: OpStats, begin: float, size: int, failed: bool) -> None:
         with self._count:
-            stats.done(time.perf_counter() - begin, size, failed)
+            stats.done(monotonic() - begin, size, failed)
 
     def _failed(self, what: str, handle: Handle, stats: OpStats, begin: float, error: UkaiError) -> NoReturn:
         self._done(stats, begin, 0, True)

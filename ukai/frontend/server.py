@@ -20,6 +20,7 @@ from ukai.frontend import binding, core, mount
 from ukai.frontend.borrower import Borrower
 from ukai.frontend.client import Client
 from ukai.frontend.files import Files
+from ukai.frontend.spare import Spares
 from ukai.metalink import MetadLink
 from ukai.model import Change
 from ukai.telemetry import Telemetry
@@ -86,7 +87,10 @@ class FrontendServer:
     def _serve(self) -> None:
         try:
             allow_other = mount.allows_other()
-            self._result = self._library.run(self._files, self._config.mount_point, allow_other, self._is_mounted)
+            spares = Spares(self._client)
+            self._result = self._library.run(
+                self._files, self._config.mount_point, allow_other, self._is_mounted, spares
+            )
         except BaseException:
             log.critical("libfuse could not be run", exc_info=True)
             self._result = 1
