@@ -100,6 +100,15 @@ def test_what_the_kernel_does_not_take_is_not_begun(files: list[int]) -> None:
         os.close(writing)
 
 
+@pytest.mark.expect_log("defect after an fdatasync")
+def test_a_defect_in_one_does_not_hold_up_the_others(files: list[int]) -> None:
+    def work(aio: Aio, done: Callable[[list[int]], None]) -> None:
+        assert aio.fdatasync(files[:1], never)
+        assert aio.fdatasync(files[1:2], done)
+
+    assert with_aio(work) == [0]
+
+
 def test_the_end_leaves_nothing_open(files: list[int]) -> None:
     before = len(descriptors())
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import logging
 import os
 import platform
 import struct
 from collections.abc import Callable, Sequence
+
+log = logging.getLogger(__name__)
 
 Synced = Callable[[list[int]], None]
 """Hears the errno of each fdatasync; 0: it is done."""
@@ -104,7 +107,10 @@ class Aio:
             ended.append((*self._waiting.pop(slot), -result))
             self._free.append(slot)
         for batch, at, number in ended:
-            batch.ended(at, number)
+            try:
+                batch.ended(at, number)
+            except Exception:  # the others must hear of theirs all the same
+                log.exception("defect after an fdatasync")
 
     def close(self) -> None:
         """What was begun is done first."""
