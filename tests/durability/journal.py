@@ -10,15 +10,17 @@ A record is a list: ["data", inode, offset, bytes before], ["size", inode, bytes
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgpack
 
+from ukai.blockd.aio import Aio, Synced
 from ukai.blockd.disk import Disk
 
 SECTOR = 512
@@ -138,22 +140,55 @@ class JournaledDisk(Disk):
     def sync_directory(self, path: str) -> None:
         self._synced(path, super().sync_directory, path)
 
-    def _synced(self, what: int | str, sync: Callable[..., None], argument: int | str) -> None:
+    def _sync_begins(self, what: int | str) -> int:
+        """Note that an inode, or a directory, is about to be synced; the number of the sync."""
         with self._lock:
             number = next(self._syncs)
             self._note("begin", number, what)
+        return number
+
+    def _sync_ended(self, number: int, well: bool) -> None:
+        self._note("end", number, well)
+
+    def _synced(self, what: int | str, sync: Callable[..., None], argument: int | str) -> None:
+        number = self._sync_begins(what)
         time.sleep(SYNC_S)
         try:
             sync(argument)
         except BaseException:
-            self._note("end", number, False)
+            self._sync_ended(number, False)
             raise
-        self._note("end", number, True)
+        self._sync_ended(number, True)
+
+    def aio(self) -> Aio:
+        return JournaledAio(self)
 
     # --- what is not quite what it is with other disks
 
     def linked(self, fd: int) -> bool:
         return os.fstat(fd).st_nlink > 1  # one link is the journal's
+
+
+class JournaledAio(Aio):
+    """fdatasyncs without a thread, noted as those of a thread are."""
+
+    def __init__(self, disk: JournaledDisk) -> None:
+        super().__init__()
+        self._disk = disk
+
+    def fdatasync(self, fds: Sequence[int], done: Synced) -> bool:
+        numbers = [self._disk._sync_begins(os.fstat(fd).st_ino) for fd in fds]
+
+        def ended(errors: list[int]) -> None:
+            for number, error in zip(numbers, errors, strict=True):
+                self._disk._sync_ended(number, not error)
+            done(errors)
+
+        def begin() -> None:
+            assert super(JournaledAio, self).fdatasync(fds, ended), "the test has more under way than there is room for"
+
+        asyncio.get_running_loop().call_later(SYNC_S, begin)
+        return True
 
 
 def _data_in(fd: int, first: int, end: int) -> Iterator[tuple[int, int]]:

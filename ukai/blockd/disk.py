@@ -12,6 +12,8 @@ import fcntl
 import os
 import struct
 
+from ukai.blockd.aio import Aio
+
 PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 
 PIECE_BYTES = 64 * 2**10
@@ -104,6 +106,10 @@ class Disk:
 
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)
+
+    def aio(self) -> Aio:
+        """For fdatasyncs without a thread, on the running loop.  Raises OSError where there is no such thing."""
+        return Aio()
 
     def fsync(self, fd: int) -> None:
         os.fsync(fd)

@@ -195,7 +195,7 @@ class BlockServer:
             self._routers.append(router)
         if self._config.aio:
             try:
-                self._aio = Aio()
+                self._aio = self.store.disk.aio()
             except OSError as e:
                 log.info("fdatasync is done in threads: no AIO of the kernel's: %s", e.strerror)
         self._lender.start(self.core.frontends.lend)
