@@ -22,8 +22,8 @@ class Crowd:
         self.requests = threading.Semaphore(0)
         self.ended = False
 
-    def waiting(self) -> int:
-        return self.number
+    def under_way(self) -> tuple[int, int]:
+        return self.number, 0
 
     def set(self, number: int) -> None:
         self.number = number
@@ -90,3 +90,27 @@ def test_they_end_when_they_only_disturb_each_other(
     wait_for(lambda: spares.count() == THREADS, "as many again", PATIENCE_S)
     monkeypatch.setattr(time, "process_time", time.monotonic)
     wait_for(lambda: not spares._needed, "the end of the need", PATIENCE_S)
+
+
+def test_none_begins_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)
+    looked, pause = threading.Event(), threading.Event()
+
+    class Looked(Crowd):
+        def under_way(self) -> tuple[int, int]:
+            looked.set()
+            return super().under_way()
+
+    watched = Looked()
+    spares = Spares(watched)
+
+    def serve(wanted: Callable[[], bool]) -> None:
+        while wanted():
+            pause.wait(0.001)
+
+    spares.start(serve)
+    watched.set(THREADS)
+    assert looked.wait(PATIENCE_S)
+    spares.close()
+    assert spares.count() == 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "spare"]

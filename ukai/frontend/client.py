@@ -167,10 +167,6 @@ class Client:
         busy = list(self._busy)
         return len(busy), sum(c.busy_bytes for c in busy)
 
-    def waiting(self) -> int:
-        """Requests without a reply yet."""
-        return len(self._busy)
-
     @property
     def connected(self) -> bool:
         """Whether an answer of blockd can be expected soon."""

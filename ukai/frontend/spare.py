@@ -16,7 +16,7 @@ from typing import Protocol
 
 THREADS = 10
 LIMIT = 128
-"""So many spare threads at most; the kernel hands out no more at once (``binding.MAX_BACKGROUND``, and who calls)."""
+"""So many spare threads at most."""
 LOOK_S = 0.02
 IDLE, BUSY = 0.5, 0.7
 """Below, and above, so much of a core of this process, more threads can do more, or only disturb each other."""
@@ -34,8 +34,8 @@ class Crowd(Protocol):
     crowd: int
     """``crowded`` is set when so many requests wait."""
 
-    def waiting(self) -> int:
-        """Requests that wait now."""
+    def under_way(self) -> tuple[int, int]:
+        """Requests that wait now, and their bytes."""
         ...
 
 
@@ -63,9 +63,10 @@ class Spares:
         crowd = self._crowd
         while crowd.crowded.wait() and not self._end.is_set():
             crowd.crowded.clear()
-            waited, began, used_s = crowd.waiting(), time.monotonic(), time.process_time()
-            self._end.wait(LOOK_S)
-            waiting = crowd.waiting()
+            waited, began, used_s = crowd.under_way()[0], time.monotonic(), time.process_time()
+            if self._end.wait(LOOK_S):
+                return
+            waiting = crowd.under_way()[0]
             busy = (time.process_time() - used_s) / (time.monotonic() - began)
             if self._adjust(min(waited, waiting), busy, serve) or waiting >= crowd.crowd:
                 crowd.crowded.set()  # who waits already does not say so again
@@ -85,9 +86,10 @@ class Spares:
 
     def close(self) -> None:
         """The mount has ended: no spare thread gets another request."""
-        self._needed = False
         self._end.set()
         self._crowd.crowded.set()
-        for thread in (self._watcher, *self._threads):
-            if thread is not None:
-                thread.join()
+        if self._watcher is not None:
+            self._watcher.join()  # it begins none any more
+        self._needed = False
+        for thread in self._threads:
+            thread.join()
