@@ -147,18 +147,15 @@ class JournaledDisk(Disk):
             self._note("begin", number, what)
         return number
 
-    def _sync_ended(self, number: int, well: bool) -> None:
-        self._note("end", number, well)
-
     def _synced(self, what: int | str, sync: Callable[..., None], argument: int | str) -> None:
         number = self._sync_begins(what)
         time.sleep(SYNC_S)
         try:
             sync(argument)
         except BaseException:
-            self._sync_ended(number, False)
+            self._note("end", number, False)
             raise
-        self._sync_ended(number, True)
+        self._note("end", number, True)
 
     def aio(self) -> Aio:
         return JournaledAio(self)
@@ -181,7 +178,7 @@ class JournaledAio(Aio):
 
         def ended(errors: list[int]) -> None:
             for number, error in zip(numbers, errors, strict=True):
-                self._disk._sync_ended(number, not error)
+                self._disk._note("end", number, not error)
             done(errors)
 
         def begin() -> None:

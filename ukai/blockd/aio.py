@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import itertools
 import logging
 import os
 import platform
@@ -27,6 +28,22 @@ _NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 """io_setup, io_destroy, io_getevents, io_submit."""
 _FDSYNC, _RESFD = 3, 1
 _REQUEST, _EVENT = struct.Struct("=QIIHhIQQqQII"), struct.Struct("=QQqq")
+
+
+def last_error() -> OSError:
+    """Of the last call of libc in this thread that failed."""
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
+
+
+def outcome(fdatasync: Callable[[int], None], fd: int) -> int:
+    """The errno of an fdatasync that is waited for; 0: it is done."""
+    try:
+        fdatasync(fd)
+    except OSError as e:
+        return e.errno or errno.EIO
+    return 0
+
 
 _call = ctypes.PyDLL(None, use_errno=True).syscall  # none of the calls waits: the interpreter is kept
 _call.restype = ctypes.c_long
@@ -56,16 +73,16 @@ class Aio:
         setup, self._destroy, self._get, self._submit = map(ctypes.c_long, _NUMBERS[platform.machine()])
         self._context = ctypes.c_ulong(0)
         if _call(setup, ctypes.c_uint(SLOTS), ctypes.byref(self._context)) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+            raise last_error()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._requests = ctypes.create_string_buffer(_REQUEST.size * SLOTS)
         first = ctypes.addressof(self._requests)
         self._places = (ctypes.c_void_p * SLOTS)(*(first + n * _REQUEST.size for n in range(SLOTS)))
         self._events = ctypes.create_string_buffer(_EVENT.size * SLOTS)
         self._at_once = (ctypes.c_long * 2)(0, 0)
-        self._free = list(range(SLOTS))
+        self._numbers = itertools.count()
         self._waiting: dict[int, tuple[_Batch, int]] = {}
+        """Number of a request → what it belongs to, and its place there."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._bell, self._rung)
 
@@ -75,24 +92,24 @@ class Aio:
         They run side by side, also when nobody waits any more; the descriptors stay open until ``done`` is called.
         """
         count = len(fds)
-        if count > len(self._free):
+        if len(self._waiting) + count > SLOTS:
             return False
-        batch = _Batch(count, done)
-        slots = [self._free.pop() for _ in fds]
-        for at, (fd, slot) in enumerate(zip(fds, slots, strict=True)):
-            place = at * _REQUEST.size
-            _REQUEST.pack_into(self._requests, place, slot, 0, 0, _FDSYNC, 0, fd, 0, 0, 0, 0, _RESFD, self._bell)
-            self._waiting[slot] = batch, at
-        begun = _call(self._submit, self._context, ctypes.c_long(count), self._places) if count else 0
-        for slot in slots[max(0, begun) :]:
-            del self._waiting[slot]
-            self._free.append(slot)
-        if begun <= 0 < count:
-            return False
-        for at in range(begun, count):  # the kernel took some of them only: it has no memory
-            batch.ended(at, _fdatasync(fds[at]))
         if not count:
             done([])
+            return True
+        batch = _Batch(count, done)
+        numbers = list(itertools.islice(self._numbers, count))
+        for at, (number, fd) in enumerate(zip(numbers, fds, strict=True)):
+            place = at * _REQUEST.size
+            _REQUEST.pack_into(self._requests, place, number, 0, 0, _FDSYNC, 0, fd, 0, 0, 0, 0, _RESFD, self._bell)
+            self._waiting[number] = batch, at
+        begun = max(0, _call(self._submit, self._context, ctypes.c_long(count), self._places))
+        for number in numbers[begun:]:
+            del self._waiting[number]
+        if not begun:
+            return False
+        for at in range(begun, count):  # the kernel took some of them only: it has no memory
+            batch.ended(at, outcome(os.fdatasync, fds[at]))
         return True
 
     def _rung(self) -> None:
@@ -101,14 +118,11 @@ class Aio:
         except BlockingIOError:
             return
         found = _call(self._get, self._context, ctypes.c_long(0), ctypes.c_long(SLOTS), self._events, self._at_once)
-        ended = []
         for at in range(found):
-            slot, _, result, _ = _EVENT.unpack_from(self._events, at * _EVENT.size)
-            ended.append((*self._waiting.pop(slot), -result))
-            self._free.append(slot)
-        for batch, at, number in ended:
+            number, _, result, _ = _EVENT.unpack_from(self._events, at * _EVENT.size)
+            batch, place = self._waiting.pop(number)
             try:
-                batch.ended(at, number)
+                batch.ended(place, -result)
             except Exception:  # the others must hear of theirs all the same
                 log.exception("defect after an fdatasync")
 
@@ -117,11 +131,3 @@ class Aio:
         self._loop.remove_reader(self._bell)
         _call(self._destroy, self._context)
         os.close(self._bell)
-
-
-def _fdatasync(fd: int) -> int:
-    try:
-        os.fdatasync(fd)
-    except OSError as e:
-        return e.errno or errno.EIO
-    return 0

@@ -12,7 +12,7 @@ import fcntl
 import os
 import struct
 
-from ukai.blockd.aio import Aio
+from ukai.blockd.aio import Aio, last_error
 
 PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 
@@ -37,12 +37,11 @@ def _statx(fd: int, wanted: int) -> bytes:
     """What fstat tells but for the times.
 
     Who asks for the times of a file makes the next write to it note a new one (Linux 6.13 and later), which the next
-    fdatasync then has to bring into the journal: one more write to the disk for each.
+    fdatasync then has to store: one more write to the disk for each.
     """
     found = ctypes.create_string_buffer(_STATX_BYTES)
     if _libc.statx(fd, b"", AT_EMPTY_PATH, wanted, found) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise last_error()
     return found.raw
 
 
@@ -92,8 +91,7 @@ class Disk:
 
     def punch(self, fd: int, offset: int, length: int) -> None:
         if _libc.fallocate(fd, PUNCH_HOLE_KEEP_SIZE, offset, length) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+            raise last_error()
 
     def data_after(self, fd: int, offset: int) -> int | None:
         """Offset of the first data at or after ``offset``; None when the rest is a hole."""

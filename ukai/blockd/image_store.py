@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from ukai.blockd.aio import outcome
 from ukai.blockd.files import (
     GENERATIONS,
     HOLE,
@@ -425,14 +426,7 @@ class ImageStore:
 
         Nothing else is done there: after each system call the thread would have to wait for the interpreter.
         """
-        return [self._fdatasync(fd) for _, fd, _ in work if fd >= 0]
-
-    def _fdatasync(self, fd: int) -> int:
-        try:
-            self.disk.fdatasync(fd)
-        except OSError as e:
-            return e.errno or errno.EIO
-        return 0
+        return [outcome(self.disk.fdatasync, fd) for _, fd, _ in work if fd >= 0]
 
     def _borrowed(self, block: int) -> str:
         return self.path(block) if block >= 0 else f"{self.directory}/{GENERATIONS if block == -1 else SUMS}"
@@ -446,11 +440,10 @@ class ImageStore:
         """
         failed: dict[int, str] = {}
         sums_lost = ""
-        found = iter(numbers)
+        number_of = dict(zip((block for block, fd, _ in work if fd >= 0), numbers, strict=True))
         for block, fd, reason in work:
             if fd >= 0:
-                number = next(found)
-                gone = self._give_back(block, fd)
+                number, gone = number_of[block], self._give_back(block, fd)
                 reason = f"fdatasync of {self._borrowed(block)}: {os.strerror(number)}" if number else gone
             if block == -1:
                 self._gens.flushed(reason)

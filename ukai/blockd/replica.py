@@ -31,7 +31,9 @@ Flushed = Callable[[dict[int, str]], None]
 Waiting = list[tuple[Collection[int], Flushed]]
 T = TypeVar("T")
 RunDisk = Callable[..., Awaitable[Any]]
-Sync = Callable[[Sequence[int], Callable[[list[int]], None]], bool]
+Synced = Callable[[list[int]], None]
+"""Hears the errno of each fdatasync; 0: it is done."""
+Sync = Callable[[Sequence[int], Synced], bool]
 """fdatasync of descriptors without a thread; see aio.Aio.fdatasync."""
 
 log = logging.getLogger(__name__)
@@ -64,13 +66,13 @@ class Later:
             self._told(*answer)
 
 
-def _synced_beside(work: Borrowed, ended: Callable[[list[int]], None], result: asyncio.Future[list[int]]) -> None:
+def _synced_beside(count: int, ended: Synced, result: asyncio.Future[list[int]]) -> None:
     """A thread has done the fdatasyncs; a defect in it counts as the failure of all of them."""
     if result.cancelled():
         return  # the process ends
     if (error := result.exception()) is not None:
         log.error("defect in a flush", exc_info=error)
-    ended(result.result() if error is None else [errno.EIO] * len(work))
+    ended(result.result() if error is None else [errno.EIO] * count)
 
 
 def _tell(future: asyncio.Future[T], result: T) -> None:
@@ -302,9 +304,10 @@ class Replica:
         image.unflushed.difference_update(blocks)
         work = image.flush_begin(blocks)
         ended = functools.partial(self._flush_ended, image, waiting, work)
-        if not self.sync([fd for _, fd, _ in work if fd >= 0], ended):
+        fds = [fd for _, fd, _ in work if fd >= 0]
+        if not self.sync(fds, ended):
             result = asyncio.ensure_future(self.run_disk(image.flush_beside, work))
-            result.add_done_callback(functools.partial(_synced_beside, work, ended))
+            result.add_done_callback(functools.partial(_synced_beside, len(fds), ended))
 
     def _flush_ended(self, image: ImageStore, waiting: Waiting, work: Borrowed, numbers: list[int]) -> None:
         failed = image.flush_end(work, numbers)
