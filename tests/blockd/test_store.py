@@ -765,6 +765,22 @@ def test_drop_of_another_uuid_under_the_same_name_touches_nothing(store: Store) 
     assert image.read(0, 0, 1) == b"x"
 
 
+@pytest.mark.parametrize("checksum", [False, True])
+def test_what_was_dropped_during_a_flush_is_not_noted_as_failed(store: Store, checksum: bool) -> None:
+    """A flush may be under way while an administrator takes the location away: nobody asks for these blocks again."""
+    image = store.prepare(UUID, "image01", 40960, 8192, "create", checksum)
+    write(image, 0, 0, b"x", 2)
+    write(image, 1, 0, b"y", 2)
+    work = image.flush_begin([0, 1])
+    image.drop([(1, 1)])
+    assert list(image.flush_end(work, image.flush_beside(work))) == [1], "who waits for it hears of it"
+    assert image.poisoned == {}
+    work = image.flush_begin([0])
+    store.drop(UUID, "image01")
+    assert list(image.flush_end(work, image.flush_beside(work))) == [0]
+    assert image.poisoned == {}
+
+
 def test_drop_of_blocks_forgets_exactly_those(reopen: OpenStore) -> None:
     image = new_image(reopen())
     for block in range(5):

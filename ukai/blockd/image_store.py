@@ -222,6 +222,10 @@ class ImageStore:
         except OSError as e:
             raise disk_error(e, self.path(block)) from e
 
+    def _nothing(self, block: int) -> bool:
+        """Whether nothing was ever written to a block, or it was dropped since.  Raises DiskError."""
+        return not self.generations[block] and not self.there(block)
+
     def _target(self, block: int, generation: int) -> int:
         """The descriptor for a write.  Raises as ready().
 
@@ -414,8 +418,8 @@ class ImageStore:
                 out.append((block, -1, self.poisoned[block]))
                 continue
             try:
-                if not self.generations[block] and not self.there(block):
-                    continue  # announced, but its writer died before it was stamped: nothing was ever written to it
+                if self._nothing(block):
+                    continue  # announced, but its writer died before it was stamped
                 out.append((block, self.borrow(block), ""))
             except UkaiError as e:
                 out.append((block, -1, e.message))
@@ -457,7 +461,10 @@ class ImageStore:
         for block in new.keys() - self.poisoned.keys():
             self.poisoned[block] = new[block]
             try:
-                self.set_generation(block, self.generations[block])
+                if self._nothing(block):
+                    del self.poisoned[block]  # dropped meanwhile
+                else:
+                    self.set_generation(block, self.generations[block])
             except UkaiError as e:
                 log.warning("%s; a blockd that is started anew will not know: %s", new[block], e)
         return failed
