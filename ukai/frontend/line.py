@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ _AT_ONCE = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 class Line:
     """A DEALER without a loop, for one thread at a time.  No call waits for longer than ``slice_s``."""
 
-    __slots__ = ("_decoder", "_fd", "_messages", "_sock", "_unsent")
+    __slots__ = ("_decoder", "_fd", "_messages", "_poll", "_slice_ms", "_sock", "_unsent")
 
     def __init__(self, endpoint: str, slice_s: float, limit_bytes: int) -> None:
         """Raises OSError when no peer says READY within a slice, RemoteProtocolError when it is none of ours."""
@@ -36,12 +37,15 @@ class Line:
         self._sock = sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._fd = sock.fileno()
         sockets.prepare(sock)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(slice_s), int(slice_s % 1 * 1e6)))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(slice_s), int(slice_s % 1 * 1e6)))
+        self._slice_ms = round(slice_s * 1000)
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
         try:
             sock.connect(where)
             self.send_rest()
             while not self._decoder.ready:
+                self._wait()
                 self._receive()
         except BaseException:
             sock.close()
@@ -86,6 +90,7 @@ class Line:
             if looked := patience is not None and patience.pays:
                 patience.look(self.has_message, patience.limit_s)
             while not self._messages:
+                self._wait()
                 self._receive()
             if patience is not None:
                 patience.waited(monotonic() - began, looked)
@@ -95,12 +100,21 @@ class Line:
         """Whether a message is there, without waiting.  Raises ConnectionError, RemoteProtocolError."""
         with contextlib.suppress(TimeoutError):
             while not self._messages:
-                self._receive(socket.MSG_DONTWAIT)
+                self._receive()
         return bool(self._messages)
 
-    def _receive(self, flags: int = 0) -> None:
+    def _wait(self) -> None:
+        """Until something can be received.
+
+        A recv that waits is woken a second time, for nothing, when the peer has taken what was sent: the kernel tells
+        all who wait at a UNIX socket that there is room again.  It costs the peer and this thread some microseconds.
+        """
+        if not self._poll.poll(self._slice_ms):
+            raise TimeoutError
+
+    def _receive(self) -> None:
         try:
-            count = self._sock.recv_into(self._decoder.space(), 0, flags)
+            count = self._sock.recv_into(self._decoder.space(), 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             raise TimeoutError from None
         if not count:
