@@ -19,7 +19,7 @@ CALLS = (
     "open",
     "dup",
     "size",
-    "linked",
+    "look",
     "truncate",
     "punch",
     "data_after",

@@ -46,7 +46,9 @@ def flush(image: ImageStore, blocks: list[int]) -> dict[int, str]:
 def flush_these(image: ImageStore, blocks: Iterable[int]) -> dict[int, str]:
     """The same, and other blocks stay unflushed."""
     work = image.flush_begin(blocks)
-    return image.flush_end(work, image.flush_beside(work))
+    numbers = image.flush_beside(work)
+    image.flush_look(work)
+    return image.flush_end(work, numbers)
 
 
 def pattern(length: int, seed: int) -> bytes:

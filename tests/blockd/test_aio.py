@@ -55,10 +55,6 @@ def test_those_of_a_call_end_together(files: list[int]) -> None:
     assert with_aio(lambda aio, done: taken(aio.fdatasync(files[:3], done))) == [0, 0, 0]
 
 
-def test_with_nothing_to_do_it_is_done(files: list[int]) -> None:
-    assert with_aio(lambda aio, done: taken(aio.fdatasync([], done))) == []
-
-
 def test_what_finds_no_room_is_not_begun(files: list[int]) -> None:
     def work(aio: Aio, done: Callable[[list[int]], None]) -> None:
         assert not aio.fdatasync(files, never)

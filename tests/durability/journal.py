@@ -162,8 +162,9 @@ class JournaledDisk(Disk):
 
     # --- what is not quite what it is with other disks
 
-    def linked(self, fd: int) -> bool:
-        return os.fstat(fd).st_nlink > 1  # one link is the journal's
+    def look(self, fd: int) -> tuple[bool, int]:
+        found = os.fstat(fd)
+        return found.st_nlink > 1, found.st_size  # one link is the journal's
 
 
 class JournaledAio(Aio):

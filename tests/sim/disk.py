@@ -141,12 +141,9 @@ class SimDisk(Disk):
         self._open[number] = self.inode(fd)
         return number
 
-    def size(self, fd: int) -> int:
-        return len(self.inode(fd).cache)
-
-    def linked(self, fd: int) -> bool:
+    def look(self, fd: int) -> tuple[bool, int]:
         inode = self.inode(fd)
-        return any(i is inode for i in self.names_now.values())
+        return any(i is inode for i in self.names_now.values()), len(inode.cache)
 
     def truncate(self, fd: int, size: int) -> None:
         self._may_fail("truncate")

@@ -87,16 +87,14 @@ class Aio:
         self._loop.add_reader(self._bell, self._rung)
 
     def fdatasync(self, fds: Sequence[int], done: Synced) -> bool:
-        """Begin one for each descriptor; false: not here, nothing has been begun.
+        """Begin one for each of some descriptors; false: not here, nothing has been begun.
 
-        They run side by side, also when nobody waits any more; the descriptors stay open until ``done`` is called.
+        They run side by side, also when nobody waits any more.  The descriptors stay open until ``done`` is called,
+        which is in a later turn of the loop.
         """
         count = len(fds)
         if len(self._waiting) + count > SLOTS:
             return False
-        if not count:
-            done([])
-            return True
         batch = _Batch(count, done)
         numbers = list(itertools.islice(self._numbers, count))
         for at, (number, fd) in enumerate(zip(numbers, fds, strict=True)):

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import struct
+import threading
 
 from ukai.blockd.aio import Aio, last_error
 
@@ -25,24 +26,22 @@ by 4 KiB, at each later write into it: after calls of 1 MiB a write of 4 KiB cos
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
-_libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
+_statx = ctypes.PyDLL(None, use_errno=True).statx  # what is asked for is in memory: the interpreter is kept
+_statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
 
 AT_EMPTY_PATH = 0x1000
 STATX_NLINK, STATX_SIZE = 0x004, 0x200
-_STATX_BYTES = 256
-_LINKS, _SIZE = struct.Struct("=16xI"), struct.Struct("=40xQ")
+_LINKS_AND_SIZE = struct.Struct("=16xI20xQ")
 
 
-def _statx(fd: int, wanted: int) -> bytes:
-    """What fstat tells but for the times.
+class _Room(threading.local):
+    """Where statx puts what it finds."""
 
-    Who asks for the times of a file makes the next write to it note a new one (Linux 6.13 and later), which the next
-    fdatasync then has to store: one more write to the disk for each.
-    """
-    found = ctypes.create_string_buffer(_STATX_BYTES)
-    if _libc.statx(fd, b"", AT_EMPTY_PATH, wanted, found) != 0:
-        raise last_error()
-    return found.raw
+    def __init__(self) -> None:
+        self.bytes = ctypes.create_string_buffer(256)
+
+
+_room = _Room()
 
 
 class Disk:
@@ -58,12 +57,20 @@ class Disk:
         """A second descriptor of the same open file, for a thread beside the loop."""
         return os.dup(fd)
 
-    def size(self, fd: int) -> int:
-        return int(_SIZE.unpack_from(_statx(fd, STATX_SIZE))[0])
+    def look(self, fd: int) -> tuple[bool, int]:
+        """Whether the open file still has a name; its size.
 
-    def linked(self, fd: int) -> bool:
-        """Whether the open file still has a name."""
-        return bool(_LINKS.unpack_from(_statx(fd, STATX_NLINK))[0])
+        Nothing is asked about times, as fstat would: that makes the next write to the file note a new one (Linux 6.13
+        and later), which the next fdatasync then has to store, one more write to the disk for each.
+        """
+        found = _room.bytes
+        if _statx(fd, b"", AT_EMPTY_PATH, STATX_NLINK | STATX_SIZE, found) != 0:
+            raise last_error()
+        links, size = _LINKS_AND_SIZE.unpack_from(found)
+        return links > 0, size
+
+    def size(self, fd: int) -> int:
+        return self.look(fd)[1]
 
     def truncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)

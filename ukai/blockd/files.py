@@ -12,6 +12,7 @@ from ukai.blockd.disk import Disk
 from ukai.errors import DiskError, NoSpace, UsageError
 
 META, GENERATIONS, SUMS, TEMPORARY = ".ukai.json", ".ukai.gen", ".ukai.sum", ".ukai.tmp"
+REMOVED = "was removed while in use"
 RECORD_BYTES = 512
 """Size of our own small files: one sector."""
 COPY_BYTES = 2**20
@@ -37,6 +38,14 @@ def disk_error(e: OSError, what: str, touched: bool = False) -> DiskError | NoSp
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(text, touched=touched)
     return DiskError(text, touched=touched)
+
+
+def gone(disk: Disk, fd: int, path: str) -> str:
+    """Why an open file is no good any more; empty when it has its name."""
+    try:
+        return "" if disk.look(fd)[0] else f"{path} {REMOVED}"
+    except OSError as e:
+        return disk_error(e, path).message
 
 
 def make_file(disk: Disk, directory: str, name: str, data: Bytes, size: int, source: int = -1) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection
 
 from ukai.blockd.disk import Disk
-from ukai.blockd.files import GENERATIONS, disk_error, make_file, read_all, write_all
+from ukai.blockd.files import GENERATIONS, disk_error, gone, make_file, read_all, write_all
 from ukai.errors import DiskError
 
 FAILED = 1 << 63
@@ -65,7 +65,11 @@ class Generations:
         if self.lost:
             self._renew()
         self._borrowed_at = self.writes
-        return self._disk.dup(self._fd) if self._synced != self.writes or not self._disk.linked(self._fd) else -1
+        return self._disk.dup(self._fd) if self._synced != self.writes else -1
+
+    def look(self) -> None:
+        """The file may have been removed: what it holds is lost then."""
+        self.lost = self.lost or gone(self._disk, self._fd, self.path)
 
     def flushed(self, reason: str) -> None:
         """The flush of what was borrowed has ended; why it has lost some."""

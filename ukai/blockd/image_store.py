@@ -16,10 +16,12 @@ from ukai.blockd.files import (
     GENERATIONS,
     HOLE,
     META,
+    REMOVED,
     SUMS,
     Bytes,
     check_uuid,
     disk_error,
+    gone,
     is_zeros,
     keep_record,
     make_file,
@@ -160,22 +162,23 @@ class ImageStore:
         except OSError as e:
             raise disk_error(e, path) from e
         try:
-            self._check_size(fd, block)
+            self._check(fd, block)
         except UkaiError:
             self.disk.close(fd)
             raise
         self.store.keep_file(key, fd)
         return fd
 
-    def _check_size(self, fd: int, block: int) -> None:
-        """Raises Damaged, DiskError."""
-        path = self.path(block)
+    def _check(self, fd: int, block: int) -> None:
+        """Whether an open block file has its name and its size.  Raises Damaged, DiskError."""
         try:
-            size = self.disk.size(fd)
+            linked, size = self.disk.look(fd)
         except OSError as e:
-            raise disk_error(e, path) from e
+            raise disk_error(e, self.path(block)) from e
+        if not linked:
+            raise Damaged(f"{self.path(block)} {REMOVED}")
         if size not in (self.block_bytes(block), self.block_size):
-            raise Damaged(f"block file {path} has {size} bytes instead of {self.block_bytes(block)}")
+            raise Damaged(f"block file {self.path(block)} has {size} bytes instead of {self.block_bytes(block)}")
 
     def _create(self, block: int) -> None:
         """Make a block file that reads as zeros.  Raises DiskError, NoSpace."""
@@ -398,7 +401,7 @@ class ImageStore:
         self.unflushed.add(block)
 
     def flush_begin(self, blocks: Iterable[int]) -> Borrowed:
-        """What a flush of some blocks has to bring to the disk.  All of it goes to flush_end() afterwards.
+        """What a flush of some blocks has to bring to the disk.  All of it goes to flush_look(), then to flush_end().
 
         As blocks −1 stands for the generations, −2 for the checksums.
         """
@@ -432,6 +435,20 @@ class ImageStore:
         """
         return [outcome(self.disk.fdatasync, fd) for _, fd, _ in work if fd >= 0]
 
+    def flush_look(self, work: Borrowed) -> None:
+        """Note what was removed or cut while in use.  There is time for that while the disk works."""
+        self._gens.look()
+        for at, (block, fd, _) in enumerate(work):
+            if fd < 0 or block == -1:
+                continue
+            if block == -2:
+                work[at] = block, fd, gone(self.disk, fd, self._borrowed(block))
+                continue
+            try:
+                self._check(fd, block)
+            except UkaiError as e:
+                work[at] = block, fd, e.message
+
     def _borrowed(self, block: int) -> str:
         return self.path(block) if block >= 0 else f"{self.directory}/{GENERATIONS if block == -1 else SUMS}"
 
@@ -442,19 +459,19 @@ class ImageStore:
         generations are made anew before the next flush.  Where checksums were lost, none can tell
         those of which blocks.
         """
-        failed: dict[int, str] = {}
-        sums_lost = ""
-        number_of = dict(zip((block for block, fd, _ in work if fd >= 0), numbers, strict=True))
-        for block, fd, reason in work:
-            if fd >= 0:
-                number, gone = number_of[block], self._give_back(block, fd)
-                reason = f"fdatasync of {self._borrowed(block)}: {os.strerror(number)}" if number else gone
-            if block == -1:
-                self._gens.flushed(reason)
-            elif block == -2:
-                sums_lost = reason
-            elif reason or sums_lost or self._gens.lost:
-                failed[block] = reason or sums_lost or self._gens.lost
+        faults = {block: reason for block, _, reason in work if reason}
+        borrowed = [(block, fd) for block, fd, _ in work if fd >= 0]
+        for (block, fd), number in zip(borrowed, numbers, strict=True):
+            self.disk.close(fd)
+            if number:
+                faults[block] = f"fdatasync of {self._borrowed(block)}: {os.strerror(number)}"
+        if work and work[0][0] == -1:
+            self._gens.flushed(faults.pop(-1, ""))
+        sums_lost = faults.pop(-2, "")
+        lost = sums_lost or self._gens.lost
+        if not faults and not lost:
+            return {}
+        failed = {block: faults.get(block, lost) for block, _, _ in work if block >= 0 and (lost or block in faults)}
         new = {b: reason for b, reason in failed.items() if reason != self._gens.lost}
         if sums_lost:
             new |= dict.fromkeys(self.unflushed, sums_lost)
@@ -468,21 +485,6 @@ class ImageStore:
             except UkaiError as e:
                 log.warning("%s; a blockd that is started anew will not know: %s", new[block], e)
         return failed
-
-    def _give_back(self, block: int, fd: int) -> str:
-        """Close a borrowed descriptor; why what it stands for is no good any more."""
-        try:
-            if not self.disk.linked(fd):
-                return f"{self._borrowed(block)} was removed while in use"
-            if block >= 0:
-                self._check_size(fd, block)
-        except OSError as e:
-            return disk_error(e, self._borrowed(block)).message
-        except UkaiError as e:
-            return e.message
-        finally:
-            self.disk.close(fd)
-        return ""
 
     def take_unflushed(self) -> set[int]:
         """The blocks with writes that no flush has covered; later writes go to a new set."""
@@ -535,9 +537,7 @@ class ImageStore:
         out = []
         data_at: int | None = -1
         try:
-            self._check_size(fd, block)  # beyond its end a file that was cut looks like a hole
-            if not self.disk.linked(fd):
-                raise Damaged(f"{self.path(block)} was removed while in use")
+            self._check(fd, block)  # beyond its end a file that was cut looks like a hole
             for at in range(offset, offset + length, chunk):
                 size = min(chunk, offset + length - at)
                 if data_at is not None and data_at < at:

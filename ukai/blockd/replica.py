@@ -305,9 +305,12 @@ class Replica:
         work = image.flush_begin(blocks)
         ended = functools.partial(self._flush_ended, image, waiting, work)
         fds = [fd for _, fd, _ in work if fd >= 0]
-        if not self.sync(fds, ended):
+        if fds and not self.sync(fds, ended):
             result = asyncio.ensure_future(self.run_disk(image.flush_beside, work))
             result.add_done_callback(functools.partial(_synced_beside, len(fds), ended))
+        image.flush_look(work)
+        if not fds:
+            ended([])
 
     def _flush_ended(self, image: ImageStore, waiting: Waiting, work: Borrowed, numbers: list[int]) -> None:
         failed = image.flush_end(work, numbers)
