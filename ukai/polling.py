@@ -8,7 +8,9 @@ somebody else needs the core.
 
 from __future__ import annotations
 
+import functools
 import os
+import select
 import selectors
 from collections.abc import Callable
 from time import monotonic
@@ -18,6 +20,8 @@ T = TypeVar("T")
 
 LATE_S = 0.0002
 """A look that takes longer gave the core, or the interpreter, to somebody else."""
+
+EVENTS_AT_ONCE = 64
 
 _HIGHEST, _LOWEST, _CROWDED = 4, -4, -8
 _SHORT, _LONG, _IN_VAIN = 1, -1, -3
@@ -45,7 +49,10 @@ class Patience:
             self._score = max(self._score + (_IN_VAIN if looked else _LONG), _LOWEST)
 
     def look(self, find: Callable[[], T], limit_s: float) -> T | None:
-        """What ``find`` gives once it is true; None when it has not been within the limit, or the core is wanted."""
+        """What ``find`` gives once it is true; None when it has not been within the limit, or the core is wanted.
+
+        Who else wants the core waits for one round of this, so ``find`` should be one system call.
+        """
         now = monotonic()
         until = now + min(limit_s, self.limit_s)
         while now < until:
@@ -65,21 +72,32 @@ class BusySelector(selectors.EpollSelector):
     def __init__(self, patience: Patience) -> None:
         super().__init__()
         self._patience = patience
-
-    def _now(self) -> list[tuple[selectors.SelectorKey, int]]:
-        return super().select(0)
+        self._epoll: select.epoll = vars(self)["_selector"]  # the base class's own, as are its keys
+        self._keys: dict[int, selectors.SelectorKey] = vars(self)["_fd_to_key"]
+        self._look = functools.partial(self._epoll.poll, 0, EVENTS_AT_ONCE)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """As the base class does; the first part of a wait may be spent looking."""
-        events = super().select(0)
-        if events or (timeout is not None and timeout <= 0):
-            return events
+        found = self._look()
+        if not found and (timeout is None or timeout > 0):
+            found = self._wait(timeout)
+        ready = []
+        for fd, event in found:
+            key = self._keys[fd]
+            events = selectors.EVENT_WRITE if event & ~select.EPOLLIN else 0
+            if event & ~select.EPOLLOUT:
+                events |= selectors.EVENT_READ
+            ready.append((key, events & key.events))
+        return ready
+
+    def _wait(self, timeout: float | None) -> list[tuple[int, int]]:
         patience = self._patience
         began = monotonic()
         looked = patience.pays
-        found = patience.look(self._now, patience.limit_s if timeout is None else timeout) if looked else None
+        found = patience.look(self._look, patience.limit_s if timeout is None else timeout) if looked else None
         if found is None:
-            found = super().select(None if timeout is None else max(0.0, began + timeout - monotonic()))
+            left = None if timeout is None else max(0.0, began + timeout - monotonic())
+            found = self._epoll.poll(left, EVENTS_AT_ONCE)
         seconds = monotonic() - began
         if found or seconds >= patience.limit_s:
             patience.waited(seconds, looked)

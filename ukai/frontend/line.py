@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import select
 import socket
@@ -87,10 +88,13 @@ class Line:
         if not self._messages:
             self._decoder.sink = into
             began = monotonic()
+            found = None
             if looked := patience is not None and patience.pays:
-                patience.look(self.has_message, patience.limit_s)
+                found = patience.look(functools.partial(self._poll.poll, 0), patience.limit_s)
             while not self._messages:
-                self._wait()
+                if not found:
+                    self._wait()
+                found = None
                 self._receive()
             if patience is not None:
                 patience.waited(monotonic() - began, looked)
