@@ -79,7 +79,14 @@ class World:
 
 def through(block: int) -> Any:
     """A synchronous write to a block of both nodes."""
-    return SimpleNamespace(block=block, took=False, failed={}, hot=SimpleNamespace(nodes=(OTHER, OWN), clean=False))
+    return SimpleNamespace(
+        block=block,
+        took=False,
+        failed={},
+        acknowledged=False,
+        then=None,
+        hot=SimpleNamespace(nodes=(OTHER, OWN), clean=False),
+    )
 
 
 def with_world(story: Callable[[World], Coroutine[Any, Any, None]]) -> None:
@@ -259,6 +266,33 @@ def test_an_fsync_beside_a_synchronous_write_flushes_what_that_has_taken() -> No
         flusher.through_begins(fresh)
         await flusher.flush()
         assert sorted(world.flushed) == [(OWN, [1]), (OTHER, [1])]
+
+    with_world(story)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda world, _: world.flusher.dirty(2, (OTHER,)),
+        lambda world, _: world.flusher.through_begins(through(2)),
+        lambda world, _: world.behind.ops.update({3: [through(3)]}),
+        lambda world, _: setattr(world.flusher, "lost", "the last copy"),
+        lambda _, op: setattr(op, "acknowledged", False),
+        lambda _, op: setattr(op, "took", True),
+        lambda _, op: setattr(op, "then", lambda: None),
+    ],
+)
+def test_an_fsync_waits_for_a_write_alone_only_where_that_is_all(harm: Callable[[World, Any], None]) -> None:
+    """For one that was acknowledged before its fdatasyncs were done (flush images)."""
+
+    async def story(world: World) -> None:
+        op = through(1)
+        assert world.flusher.last() is None
+        world.flusher.through_begins(op)
+        op.acknowledged, world.behind.ops = True, {1: [op]}
+        assert world.flusher.last() is op
+        harm(world, op)
+        assert world.flusher.last() is None
 
     with_world(story)
 

@@ -11,6 +11,7 @@ import pytest
 from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.core import Core
 from ukai.blockd.frontends import FRONTEND_BEATS, Frontends
+from ukai.blockd.writes import When
 from ukai.errors import StaleSession
 from ukai.telemetry import Metrics
 
@@ -61,13 +62,25 @@ def test_a_silent_frontend_may_live() -> None:
     assert frontends.opens() == {}
 
 
-@pytest.mark.parametrize(("sync", "clean", "said"), [(True, True, True), (True, False, False), (False, True, False)])
-def test_only_a_synchronous_write_says_that_nothing_is_left_to_flush(sync: bool, clean: bool, said: bool) -> None:
+@pytest.mark.parametrize(
+    ("fields", "stored", "clean", "said"),
+    [
+        ({"s": True}, When.NOW, True, True),
+        ({"s": True, "f": True}, When.NOW, False, False),
+        ({"s": False, "f": True}, When.SOON, True, True),
+        ({"s": False, "f": True}, When.SOON, False, False),
+        ({"s": False, "f": 1}, When.LATER, True, False),
+        ({}, When.LATER, True, False),
+    ],
+)
+def test_only_a_write_that_is_flushed_on_the_way_says_that_nothing_is_left_to_flush(
+    fields: dict[str, object], stored: When, clean: bool, said: bool
+) -> None:
     """The frontend then answers the fsync by itself (R7)."""
-    written: list[tuple[int, bytes, bool]] = []
+    written: list[tuple[int, bytes, When]] = []
 
-    def write(_handle: object, offset: int, data: bytes, _length: int, sync: bool, done: Callable[..., None]) -> None:
-        written.append((offset, data, sync))
+    def write(_handle: object, offset: int, data: bytes, _length: int, stored: When, done: Callable[..., None]) -> None:
+        written.append((offset, data, stored))
         done(None)
 
     image = SimpleNamespace(
@@ -79,9 +92,9 @@ def test_only_a_synchronous_write_says_that_nothing_is_left_to_flush(sync: bool,
     frontends = Frontends(cast(Core, core))
     frontends.handles[1] = Handle(1, "f", cast(Coordinator, image), 0, 1.0)
     replies: list[dict[str, object]] = []
-    header = {"op": "w", "inc": "i", "h": 1, "o": 5, "s": sync}
+    header = {"op": "w", "inc": "i", "h": 1, "o": 5, **fields}
     frontends.answer(header, b"data", lambda fields, _payload: replies.append(fields))
-    assert written == [(5, b"data", sync)]
+    assert written == [(5, b"data", stored)]
     assert replies == [{"clean": True} if said else {}]
 
 

@@ -214,7 +214,7 @@ class FakeNode:
             elif op == "z":
                 data[at : at + header["l"]] = bytes(header["l"])
                 self.allocated[name] = max(0, self.allocated[name] - header["l"])
-            return ({"clean": True} if self.clean and header.get("s") else {}), b""
+            return ({"clean": True} if self.clean and (header.get("s") or header.get("f")) else {}), b""
         if op == "beat":
             return {"inc": self.inc, "known": [h for h in header["handles"] if h in self.handles]}, b""
         if op == "open":

@@ -212,6 +212,7 @@ def ipc_requests(inc: str) -> Iterator[dict[str, Any]]:
         {"op": "open", "frontend": "fuzz", "h": 7, "image": "nowhere", "epoch": -1},
         {"op": "r", "h": 7, "o": 0, "l": 4096},
         {"op": "w", "h": 7, "o": 0, "s": True},
+        {"op": "w", "h": 7, "o": 0, "f": True},
         {"op": "f", "h": 7},
         {"op": "z", "h": 7, "o": 0, "l": 4096, "s": True},
         {"op": "close", "h": 7},

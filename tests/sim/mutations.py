@@ -655,6 +655,20 @@ MUTATIONS = (
     ),
     Mutation("R7", "synced only here", _through_only_here, _world("migrate", pairs=0.9, threads=1), (STORED,)),
     Mutation("R7", "synced only there", _through_only_there, _world("migrate", pairs=0.9, threads=1), (STORED,)),
+    Mutation(
+        "R7",
+        "synced only here, and acknowledged early",
+        _through_only_here,
+        _world("migrate", pairs=0.9, threads=1, replication="flush"),
+        (STORED,),
+    ),
+    Mutation(
+        "R7",
+        "synced only there, and acknowledged early",
+        _through_only_there,
+        _world("migrate", pairs=0.9, threads=1, replication="flush"),
+        (STORED,),
+    ),
     Mutation("R7", "a flush under way is taken for done", _under_way_is_flushed, _world("slow disk"), (STORED,)),
     Mutation("R7", "a role begins clean", _role_begins_clean, _world("kill blockd"), (STORED,)),
     Mutation(

@@ -153,11 +153,72 @@ def test_a_write_and_its_fsync_go_in_one_message(monkeypatch: pytest.MonkeyPatch
         if replication == "sync":  # else the first is still under way
             assert await does(("w", 0, False), ("w", 0, True), ("f", 0, False)) == ["w", "ws"]
         assert await does(("w", 0, False), ("w", 1, True), ("f", 0, False)) == ["w", "w", "f"], "all before is stored"
-        pair = (("w", 1, False), ("f", 0, False))
-        assert await does(*pair, *pair, *pair, *pair) == ["w", "f", "w", "f", "ws", "ws"]
+        one = (("w", 1, False), ("f", 0, False))
+        assert await does(*one, *one, *one, *one) == ["w", "f", "w", "f", "ws", "ws"]
         await frontend.close()
 
     play(sequence)
+
+
+async def pair(frontend: Frontend, happens: list[str]) -> None:
+    """A write to block 1 and its fsync."""
+    await write(frontend, 1)
+    happens.append("written")
+    await frontend.request({"op": "f"}, None, True)
+    happens.append("fsync")
+
+
+@pytest.mark.parametrize("replication", ["sync", "flush"])
+def test_what_is_acknowledged_early_is_stored_before_its_fsync(
+    monkeypatch: pytest.MonkeyPatch, replication: str
+) -> None:
+    """The fdatasyncs of a write that an fsync follows each time begin with it, and a flush image does not wait (R7)."""
+    happens: list[str] = []
+    real = Replica._flush_ended
+
+    def flush_ended(self: Replica, *args: Any) -> None:
+        happens.append("stored")
+        real(self, *args)
+
+    async def pairs(world: World) -> None:
+        await world.ctl("image.set", name="disk", replication=replication)
+        frontend = Frontend(world, NODES[0])
+        for _ in range(4):
+            await pair(frontend, happens)
+        monkeypatch.setattr(Replica, "_flush_ended", flush_ended)
+        happens.clear()
+        await pair(frontend, happens)
+        written = ["written", "stored", "stored"] if replication == "flush" else ["stored", "stored", "written"]
+        assert happens == [*written, "fsync"]
+        await frontend.close()
+
+    play(pairs)
+
+
+@pytest.mark.expect_log("(out-of-sync|image disk): fdatasync of")
+@pytest.mark.parametrize("bad", [(0,), (1,), (0, 1)])
+def test_an_early_acknowledgement_whose_fdatasync_fails_is_marked_before_the_fsync_ends(bad: tuple[int, ...]) -> None:
+    """Also where it is the writer's own copy, and the last one fails the fsync (R4, R7)."""
+
+    async def pairs(world: World) -> None:
+        await world.ctl("image.set", name="disk", replication="flush")
+        frontend, happens = Frontend(world, NODES[0]), list[str]()
+        for _ in range(4):
+            await pair(frontend, happens)
+        for number in bad:
+            world.disks[NODES[number]].fail["fdatasync"] = 1
+        if len(bad) == 2:
+            with pytest.raises(UkaiError):
+                await pair(frontend, happens)
+        else:
+            await pair(frontend, happens)
+        out = {n for n, r in image_of(world).replicas(1).items() if r.status != IN_SYNC}
+        assert out in ([{NODES[bad[0]]}] if len(bad) == 1 else [{NODES[0]}, {NODES[1]}])
+        coordinator = world.blockds[NODES[0]].core.coordinators[image_of(world).uuid]
+        assert coordinator.behind.ops == {}
+        await frontend.close()
+
+    play(pairs)
 
 
 @pytest.mark.expect_log("store.json can't be written")

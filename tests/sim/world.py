@@ -901,7 +901,7 @@ class Frontend:
                 return None
             return (await self._request(header, None, op_changes))[1]
         if self.habit.write_begins() and header["op"] == "w":
-            header = {**header, "s": True}
+            header = {**header, "f": True}
             self.world.count("flushed on the way")
         key = self.shortcut.write_begins(header["o"], header.get("l", len(payload or b"")))
         clean = False

@@ -2,7 +2,8 @@
 
 The local replica has them, and the others get them in order on the same numbered connection (R6).  What is under way
 so is bounded; who finds no room waits, first come first served.  A replica that did not take one is marked as ever
-(R4), only that the guest has its answer already.  An fsync waits for all of it (R7).
+(R4), only that the guest has its answer already; so is one that could not store one that is stored on the way.  An
+fsync waits for all of it (R7).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Behind:
         return block not in self._closing
 
     def take(self, op: Op, length: int) -> None:
-        """A write that the local replica has, and that some peer has not answered."""
+        """A write that the local replica has, and that some peer has not answered, or some disk not stored."""
         op.acknowledged, op.done = True, lambda op: self._answered(op, length)
         ops = self.ops.get(op.block)
         if ops is None:
@@ -87,6 +88,8 @@ class Behind:
         self.lag_bytes -= length
         self.lag_requests -= 1
         self._used_bytes -= max(length, COST_MIN_BYTES)
+        if op.through:
+            self._c.flusher.through_ended(op)
         if op.failed:
             self._c.core.spawn(self._settle(op))
         else:
@@ -113,6 +116,8 @@ class Behind:
             del self.ops[op.block]
         if op.ended is not None:
             op.ended.set_result(None)
+        if op.then is not None:
+            op.then()
 
     # --- waiting for them
 
@@ -135,12 +140,13 @@ class Behind:
         """Wait until nothing is under way on some blocks, with later writes acknowledged late; see reopen().
 
         The local copy alone has what is acknowledged so: it is not given up before others have answered for it.
+        A write that failed here, and that all have answered, may ask for this itself.
         """
         self._closing |= blocks
         for block in blocks:
             self._c.hot.pop(block, None)
         for block in blocks:
-            while ops := self.ops.get(block):
+            while ops := [op for op in self.ops.get(block, ()) if op.waiting or self._c.own not in op.failed]:
                 await ops[0].wait()
 
     def reopen(self, blocks: set[int]) -> None:

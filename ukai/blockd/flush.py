@@ -65,8 +65,21 @@ class Flusher:
         c = self._c
         return c.held and not self.lost and not c.behind.ops and not any(self._open())
 
+    def last(self) -> Op | None:
+        """The write after which an fsync would have nothing to do, if that is all that is under way.
+
+        It was acknowledged before its fdatasyncs were done.  One whose end another fsync waits for is none.
+        """
+        c = self._c
+        if len(self._through) != 1 or not c.held or self.lost:
+            return None
+        op = self._through[0]
+        if not op.acknowledged or op.then is not None or c.behind.ops != {op.block: [op]}:
+            return None
+        return None if op.took or any(self.unflushed.values()) or any(self._flushing.values()) else op
+
     def covers(self, block: int) -> bool:
-        """Whether a synchronous write to a block may go through: what else has to be flushed would be left (R7)."""
+        """Whether a write to a block may go through: what else has to be flushed would be left (R7)."""
         return not (
             self.lost
             or self._c.behind.ops
@@ -86,7 +99,7 @@ class Flusher:
         self._through.append(op)
 
     def through_ended(self, op: Op) -> None:
-        """It is answered by all; one that failed anywhere has flushed nothing."""
+        """It is answered by all; one that failed anywhere counts as not flushed at all."""
         self._through.remove(op)
         if op.failed:
             self.dirty(op.block, op.hot.nodes)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.peer import Payload
 from ukai.blockd.reads import Lent
+from ukai.blockd.writes import When
 from ukai.errors import NotFound, NotReady, RemoteProtocolError, StaleSession, UkaiError
 from ukai.messages import Header, error_reply, integer, show, text
 
@@ -135,8 +136,8 @@ class Frontends:
             raise StaleSession("this handle is not open here; open the image anew")
         return handle
 
-    def _answer(self, reply: Reply, c: Coordinator, op: str, size: int, sync: bool = False) -> Callable[..., None]:
-        """Reply and count.  After a synchronous write also say whether an fsync would have nothing to do."""
+    def _answer(self, reply: Reply, c: Coordinator, op: str, size: int, fsync: bool = False) -> Callable[..., None]:
+        """Reply and count; with ``fsync`` also say whether one would have nothing to do."""
         began = self._core.now()
         stats = self._core.metrics.op(op, c.name())
 
@@ -146,7 +147,7 @@ class Frontends:
                 reply(error_reply(error), None)
             elif lendable:
                 reply({"lend": True}, data)
-            elif sync and c.flusher.clean():
+            elif fsync and c.flusher.clean():
                 reply({"clean": True}, data)
             else:
                 reply({}, data)
@@ -181,7 +182,7 @@ class Frontends:
 
     def _write(self, header: Header, payload: Payload | None, reply: Reply) -> None:
         handle = self._handle(header)
-        sync = header.get("s") is True
+        stored = When.NOW if header.get("s") is True else When.SOON if header.get("f") is True else When.LATER
         c = handle.coordinator
         if header["op"] == "z":
             op, payload, length = "discard", None, integer(header, "l", 1)
@@ -190,15 +191,21 @@ class Frontends:
         else:
             raise RemoteProtocolError(f"a write carries 1 to {TRANSFER_LIMIT_BYTES} bytes")
         offset = integer(header, "o")
-        c.writes.write(handle, offset, payload, length, sync, self._answer(reply, c, op, length, sync))
+        done = self._answer(reply, c, op, length, stored is not When.LATER)
+        c.writes.write(handle, offset, payload, length, stored, done)
 
     def _flush(self, header: Header, _payload: Payload | None, reply: Reply) -> None:
         handle = self._handle(header)
         c = handle.coordinator
         done = self._answer(reply, c, "flush", 0)
-        if c.flusher.clean():
-            done(None)
-            return
+
+        def attempt() -> None:
+            if c.flusher.clean():
+                done(None)
+            elif (op := c.flusher.last()) is not None:
+                op.then = attempt
+            else:
+                self._core.spawn(flush())
 
         async def flush() -> None:
             try:
@@ -211,7 +218,7 @@ class Frontends:
             else:
                 done(None)
 
-        self._core.spawn(flush())
+        attempt()
 
     def _open(self, header: Header, _payload: Payload | None, reply: Reply) -> None:
         self._core.spawn(self._core.later(self._opened(header), reply))

@@ -8,6 +8,7 @@ goes to the slow path, which is written for reading.
 from __future__ import annotations
 
 import asyncio
+import enum
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -46,6 +47,17 @@ class Hot:
         self.touched = True
 
 
+class When(enum.IntEnum):
+    """When what is written has to be on the disks."""
+
+    LATER = 0
+    """When an fsync asks for it."""
+    SOON = 1
+    """An fsync is likely to follow."""
+    NOW = 2
+    """Before it is answered (R7)."""
+
+
 class Op:
     """One write, or discard, of a part of one block, on its way to the replicas."""
 
@@ -59,6 +71,7 @@ class Op:
         "failed",
         "hot",
         "offset",
+        "then",
         "through",
         "took",
         "waiting",
@@ -78,6 +91,8 @@ class Op:
         self.failed: dict[str, UkaiError] = {}
         self.ended: asyncio.Future[None] | None = None
         """Made by whoever must wait until the write is settled."""
+        self.then: Callable[[], None] | None = None
+        """Called once an acknowledged write is settled: an fsync waits for nothing else."""
 
     def answered(self, node: str, error: UkaiError | None) -> None:
         if error is not None:
@@ -107,7 +122,7 @@ class Writes:
         offset: int,
         data: Payload | None,
         length: int,
-        sync: bool,
+        stored: When,
         done: Done,
         deadline: float = 0.0,
     ) -> None:
@@ -117,9 +132,10 @@ class Writes:
         if image is not None:
             block, within = divmod(offset, image.block_size)
             hot = c.hot.get(block)
+            through = stored is not When.LATER and data is not None and c.flusher.covers(block)
             if (
                 hot is not None
-                and (not sync or (data is not None and c.flusher.covers(block)))
+                and (through or stored is not When.NOW)
                 and block not in c.locks
                 and c.frozen is None
                 and within + length <= image.block_size
@@ -127,15 +143,16 @@ class Writes:
                 and block not in c.marker.pending
             ):
                 cost = 0 if data is None else length
-                if hot.early and not sync and c.behind.full(cost, waited=deadline > 0):
+                early = hot.early and not (through and stored is When.NOW)
+                if early and c.behind.full(cost, waited=deadline > 0):
                     deadline = deadline or c.now() + c.core.config.io_timeout
-                    c.behind.wait(cost, lambda: self.write(handle, offset, data, length, sync, done, deadline))
+                    c.behind.wait(cost, lambda: self.write(handle, offset, data, length, stored, done, deadline))
                     return
                 finish = functools.partial(self._finish_fast, handle, data, length, done)
-                self._apply(block, within, data, length, hot, finish, sync)
+                self._apply(block, within, data, length, hot, finish, early, through)
                 return
         deadline = deadline or c.now() + c.core.config.io_timeout
-        c.core.spawn(self._write_slow(handle, offset, data, length, sync, done, deadline))
+        c.core.spawn(self._write_slow(handle, offset, data, length, stored, done, deadline))
 
     def _apply(
         self,
@@ -145,11 +162,13 @@ class Writes:
         length: int,
         hot: Hot,
         done: Callable[[Op], None],
+        early: bool,
         through: bool = False,
     ) -> None:
         """Hand one write to the local file and to every peer, no wait between: one order everywhere (R6).
 
-        ``through``: with an fdatasync of its block in each, all at the same time.
+        ``early``: it may be acknowledged when the local file has it.  ``through``: with an fdatasync of its block in
+        each, all at the same time, which an early acknowledgement does not wait for.
         """
         c = self._c
         op = Op(block, offset, offset + length, hot, c.epoch, done, through)
@@ -168,7 +187,7 @@ class Writes:
                 header["op"] = "ws" if through else "w"
             op.waiting += 1
             node = peer.node
-            if not peer.numbered(header, data, functools.partial(_answered, op, node), hot.early and not through):
+            if not peer.numbered(header, data, functools.partial(_answered, op, node), early and not through):
                 op.waiting -= 1
                 op.failed[node] = Unreachable(f"node {node}: {peer.reason}")
         error: UkaiError | None = None
@@ -183,8 +202,8 @@ class Writes:
             except UkaiError as e:
                 error = e
         if (
-            hot.early
-            and not through
+            early
+            and hot.local is not None
             and error is None
             and op.waiting > 1
             and not op.failed
@@ -192,7 +211,10 @@ class Writes:
             and not any(peer.busy for peer in hot.peers)
         ):
             c.behind.take(op, 0 if data is None else length)
-            op.answered(c.own, None)
+            if through:
+                self._flush_here(op, hot.local)
+            else:
+                op.answered(c.own, None)
             done(op)
             return
         ops = c.inflight.get(block)
@@ -223,11 +245,11 @@ class Writes:
 
     def _finish_fast(self, handle: Handle, data: Payload | None, length: int, done: Done, op: Op) -> None:
         c = self._c
-        if op.through:
-            c.flusher.through_ended(op)
         if op.acknowledged:
             done(None)
             return
+        if op.through:
+            c.flusher.through_ended(op)
         if not op.failed:
             self._untrack(op)
             done(None)
@@ -258,7 +280,7 @@ class Writes:
         offset: int,
         data: Payload | None,
         length: int,
-        sync: bool,
+        stored: When,
         done: Done,
         deadline: float,
     ) -> None:
@@ -280,7 +302,7 @@ class Writes:
                     for error in ended:
                         if isinstance(error, BaseException):
                             raise error
-                if sync:
+                if stored is When.NOW:
                     await c.flusher.flush()
         except TimeoutError:
             self._astray(offset, length)
@@ -328,7 +350,7 @@ class Writes:
                 waited = True
                 continue
             future: asyncio.Future[Op] = loop.create_future()
-            self._apply(block, offset, data, length, hot, lambda op, f=future: f.done() or f.set_result(op))  # type: ignore[misc]
+            self._apply(block, offset, data, length, hot, lambda op, f=future: f.done() or f.set_result(op), hot.early)  # type: ignore[misc]
             try:
                 if not await asyncio.shield(c.core.spawn(self._watch(future))):
                     c.hindrance = ""

@@ -189,8 +189,10 @@ class Client:
 
     def write(self, handle: Handle, offset: int, data: memoryview) -> None:
         """Raises UkaiError; without one, the data are where R4 wants them."""
-        through = handle.habit.write_begins() or handle.synchronous
-        self._change({"op": "w", "h": handle.number, "o": offset, "s": through}, handle, data, len(data))
+        header: Header = {"op": "w", "h": handle.number, "o": offset, "s": handle.synchronous}
+        if handle.habit.write_begins():
+            header["f"] = True
+        self._change(header, handle, data, len(data))
 
     def zero(self, handle: Handle, offset: int, length: int) -> None:
         """Raises UkaiError."""
@@ -296,7 +298,7 @@ class Client:
         if 0 < self.crowd <= len(self._busy) and not self.crowded.is_set():
             self.crowded.set()
         header["id"] = number
-        quick = header["op"] in _QUICK and not header.get("s")
+        quick = header["op"] in _QUICK and not header.get("s") and "f" not in header
         sent = received = answered = False
         try:
             data = messages.pack(header)
