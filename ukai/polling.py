@@ -83,7 +83,9 @@ class BusySelector(selectors.EpollSelector):
             found = self._wait(timeout)
         ready = []
         for fd, event in found:
-            key = self._keys[fd]
+            key = self._keys.get(fd)
+            if key is None:
+                continue
             events = selectors.EVENT_WRITE if event & ~select.EPOLLIN else 0
             if event & ~select.EPOLLOUT:
                 events |= selectors.EVENT_READ
