@@ -613,7 +613,12 @@ MUTATIONS = (
     ),
     Mutation("R4", "a difference is not marked", _difference_not_marked, _world("rot"), SPOILT),
     Mutation(
-        "R2", "handles outlive their writes", _handles_outlive_their_writes, _flush("kill blockd", "split", "cut"), GONE
+        "R2",
+        "handles outlive their writes",
+        _handles_outlive_their_writes,
+        _flush("kill blockd", "split", "cut", locations=3),
+        GONE,
+        15.0,
     ),
     Mutation(
         "R4",
