@@ -22,6 +22,7 @@ LATE_S = 0.0002
 """A look that takes longer gave the core, or the interpreter, to somebody else."""
 
 EVENTS_AT_ONCE = 64
+"""The others come in the next turn."""
 
 _HIGHEST, _LOWEST, _CROWDED = 4, -4, -8
 _SHORT, _LONG, _IN_VAIN = 1, -1, -3
