@@ -451,15 +451,14 @@ PROGRAM = [sys.executable, "-m", "ukai.metad.main"]
 
 
 def test_the_process_ends_well_on_sigterm_and_is_alone(tmp_path: Path) -> None:
-    ports = PortRange([METAD], 6)
+    ports, others = PortRange([METAD], 6), PortRange([METAD], 6)
     env = environment(tmp_path, ports)
     process = subprocess.Popen(PROGRAM, env=env, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         while "runs as process" not in (line := process.stderr.readline()):
             assert line, "it ended"
-        more = {f"UKAI_{name}_PORT": str(40_000 + i) for i, name in enumerate(("CONTROL", "PUBLISH", "METAD_EVENTS"))}
-        second = subprocess.run(PROGRAM, env={**env, **more}, capture_output=True, text=True, timeout=20)
+        second = subprocess.run(PROGRAM, env=environment(tmp_path, others), capture_output=True, text=True, timeout=20)
         assert second.returncode == 1
         assert "in use by another metad" in second.stderr
         assert "Traceback" not in second.stderr
@@ -472,6 +471,7 @@ def test_the_process_ends_well_on_sigterm_and_is_alone(tmp_path: Path) -> None:
         if process.stderr is not None:
             process.stderr.close()
         ports.close()
+        others.close()
 
 
 def test_on_another_node_there_is_nothing_to_do(tmp_path: Path) -> None:
