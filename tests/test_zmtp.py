@@ -284,7 +284,7 @@ def test_all_messages_come_in_order_and_one_defect_loses_no_other(
         dealer = Dealer(endpoint, LIMIT_BYTES, lambda f: back.append(int.from_bytes(f[0], "big")), no_garbage)
         await until(lambda: dealer.send([(0).to_bytes(4, "big")]))
         for number in range(1, 2000):
-            assert dealer.send([number.to_bytes(4, "big"), bytes(number % 7 * 1000)], may_wait=number % 3 > 0)
+            assert dealer.send([number.to_bytes(4, "big"), bytes(number % 7 * 1000)])
         await until(lambda: len(back) == 1999)
         dealer.close()
         router.close()
@@ -293,31 +293,6 @@ def test_all_messages_come_in_order_and_one_defect_loses_no_other(
     assert seen == list(range(2000))
     assert back == [n for n in range(2000) if n != 3]
     assert [r.levelno for r in caplog.records if "defect" in r.message] == [logging.ERROR]
-
-
-def test_what_may_wait_goes_with_what_may_not_and_by_itself_after_a_while(
-    endpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    got: list[bytes] = []
-
-    async def story() -> None:
-        router = Router(endpoint, LIMIT_BYTES, lambda frames: got.append(bytes(frames[1])), no_garbage)
-        dealer = Dealer(endpoint, LIMIT_BYTES, lambda frames: None, no_garbage)
-        await until(lambda: dealer.send([b"first"]))
-        await until(lambda: got == [b"first"])
-        assert dealer.send([b"by itself"], may_wait=True)
-        await until(lambda: got[1:] == [b"by itself"])
-        monkeypatch.setattr(sockets, "LEISURE_S", 10 * TIMEOUT_S)
-        assert dealer.send([b"a"], may_wait=True)
-        assert dealer.send([b"b"], may_wait=True)
-        assert dealer.send([b"c"])
-        await until(lambda: got[2:] == [b"a", b"b", b"c"])
-        assert dealer.send([bytes(sockets.LEISURE_BYTES)], may_wait=True), "so much need not wait"
-        await until(lambda: len(got) == 6)
-        dealer.close()
-        router.close()
-
-    play(story)
 
 
 def test_a_peer_that_does_not_read_is_sent_no_more_than_the_limit(

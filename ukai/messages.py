@@ -128,6 +128,20 @@ def ranges(header: Header, name: str, high: int = 2**63 - 1) -> Ranges:
     return out
 
 
+def places(header: Header, name: str, high: int) -> Iterator[list[int]]:
+    """The list of ``[block, offset, generation, length]`` ``name``, none of them empty, blocks up to ``high``.
+
+    Raises RemoteProtocolError.
+    """
+    for item in _rows(header, name, "[block, offset, generation, length]", 4):
+        block, offset, generation, length = item
+        if type(generation) is not int or type(length) is not int:
+            raise RemoteProtocolError(f"field {name}: whole numbers are wanted, not {show(item)}")
+        if not 0 <= block <= high or offset < 0 or generation < 1 or length < 1:
+            raise RemoteProtocolError(f"field {name}: {item} is out of bounds")
+        yield item
+
+
 def range_map(header: Header, name: str, kind: type, high: int = 2**63 - 1) -> RangeMap[Any]:
     """The list of ``[first, last, value]`` ``name`` (both ends included), values of ``kind``; empty when absent.
 
@@ -148,5 +162,5 @@ def _rows(header: Header, name: str, form: str, length: int) -> Iterator[list[An
         raise RemoteProtocolError(f"field {name}: a list of ranges is wanted")
     for item in value:
         if type(item) is not list or len(item) != length or type(item[0]) is not int or type(item[1]) is not int:
-            raise RemoteProtocolError(f"field {name}: a range is {form}, not {show(item)}")
+            raise RemoteProtocolError(f"field {name}: {form} is wanted, not {show(item)}")
         yield item

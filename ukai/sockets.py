@@ -30,8 +30,6 @@ SEND_BUFFER_BYTES = 2 * 2**20
 """Of a UNIX socket: a large message goes in one call, not in turns with its receiver."""
 _SO_SNDBUFFORCE = 32
 QUEUE_LIMIT_BYTES = 256 * 2**20
-LEISURE_S, LEISURE_BYTES = 0.001, 128 * 2**10
-"""So long, and until so much is there, waits what need not go at once."""
 HABIT_MESSAGES = 8
 """After so many requests of which each was alone under way, the next is not held back for others."""
 RECONNECT_S, RECONNECT_LIMIT_S = 0.05, 1.0
@@ -89,8 +87,8 @@ class Connection:
         self._decoder = Decoder(limit_bytes)
         self._queue: deque[Data] = deque()
         self._queue_bytes = 0
-        self._timer: asyncio.Handle | None = None
-        """When the queue is to be sent: after LEISURE_S, or at the next turn of the loop."""
+        self._pushing: asyncio.Handle | None = None
+        """When the queue is to be sent at the next turn of the loop."""
         self._unanswered = 0
         """Requests of a DEALER that have no answer yet, as far as each has one."""
         self._lonely = 0
@@ -101,7 +99,7 @@ class Connection:
         self._fd = sock.fileno()
         self._greeted_by = self._loop.call_later(GREETING_TIMEOUT_S, self._not_greeted)
         self._loop.add_reader(self._fd, self._readable)
-        self._put([greeting(kind)], False)
+        self._put([greeting(kind)])
 
     @property
     def greeted(self) -> bool:
@@ -140,16 +138,15 @@ class Connection:
                 return
         while decoder.pings:
             pong = b"\x04PONG" + decoder.pings.pop(0)
-            self._put([bytes((COMMAND, len(pong))), pong], False)
+            self._put([bytes((COMMAND, len(pong))), pong])
         self._handling = False
         if self._answers and self._queue and not self._blocked:
             self._push()
 
-    def send(self, frames: Sequence[Data], may_wait: bool = False) -> bool:
+    def send(self, frames: Sequence[Data]) -> bool:
         """Send without waiting; false when the connection is not ready or too much waits already.
 
-        A frame of LARGE_BYTES or more is not copied: it must stay as it is until it is on its way.  With ``may_wait``
-        it may stay here for LEISURE_S, for others to go with it.
+        A frame of LARGE_BYTES or more is not copied: it must stay as it is until it is on its way.
         """
         if self._closed or not self._decoder.ready or self._queue_bytes >= QUEUE_LIMIT_BYTES:
             return False
@@ -159,10 +156,10 @@ class Connection:
         else:
             self._lonely = 0
         self._unanswered += 1
-        self._put(encode(frames), may_wait)
+        self._put(encode(frames))
         return not self._closed
 
-    def _put(self, parts: list[Data], may_wait: bool) -> None:
+    def _put(self, parts: list[Data]) -> None:
         for part in parts:
             size = len(part)
             self._queue.append(part if type(part) is bytes or size >= LARGE_BYTES else bytes(part))
@@ -172,21 +169,17 @@ class Connection:
         if self._answers:
             if not self._handling:
                 self._push()
-        elif self._lonely >= HABIT_MESSAGES and self._timer is None and not may_wait:
-            self._push()
-        elif may_wait and self._queue_bytes < LEISURE_BYTES:
-            if self._timer is None:
-                self._timer = self._loop.call_later(LEISURE_S, self._push)
-        elif self._timer is None or isinstance(self._timer, asyncio.TimerHandle):
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_soon(self._push)
+        elif self._pushing is None:
+            if self._lonely >= HABIT_MESSAGES:
+                self._push()
+            else:
+                self._pushing = self._loop.call_soon(self._push)
 
     def _push(self) -> None:
         """Hand to the system what it takes."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._pushing is not None:
+            self._pushing.cancel()
+            self._pushing = None
         queue = self._queue
         while queue and not self._closed:
             parts = list(itertools.islice(queue, PARTS_AT_ONCE))
@@ -222,8 +215,8 @@ class Connection:
             return
         self._closed = True
         self._greeted_by.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._pushing is not None:
+            self._pushing.cancel()
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         self._sock.close()
@@ -332,9 +325,9 @@ class Dealer:
         await ended.wait()
         return self._connection.greeted
 
-    def send(self, frames: Sequence[Data], may_wait: bool = False) -> bool:
+    def send(self, frames: Sequence[Data]) -> bool:
         """See Connection.send(); false also while there is no connection."""
-        return self._connection is not None and self._connection.send(frames, may_wait)
+        return self._connection is not None and self._connection.send(frames)
 
     def close(self) -> None:
         self._task.cancel()

@@ -9,8 +9,18 @@ from typing import Any
 
 import pytest
 
-from ukai.blockd.peer import DOWN, GREETING, SLOW_OPS, UP, Payload, Peer
-from ukai.errors import Behind, Damaged, NotReady, StaleEpoch, StaleSession, UkaiError, Unreachable
+from ukai.blockd.peer import (
+    DOWN,
+    GREETING,
+    LEISURE_BYTES,
+    LEISURE_S,
+    LEISURE_WRITES,
+    SLOW_OPS,
+    UP,
+    Payload,
+    Peer,
+)
+from ukai.errors import Behind, Damaged, NoSpace, NotReady, StaleEpoch, StaleSession, UkaiError, Unreachable
 from ukai.messages import Header, error_reply, pack, unpack
 
 NODE, OWN = "192.0.2.2", "192.0.2.1"
@@ -47,14 +57,17 @@ class Wire:
     def __init__(self, net: Net, received: Callable[[Header, Payload | None], None]) -> None:
         self.net, self._received = net, received
         self.sent: list[Header] = []
+        self.payloads: list[Payload | None] = []
+        """Of each of these."""
         self.closed = False
         self.accepts = True
 
-    def send(self, header: Header, payload: Payload | None, may_wait: bool) -> bool:
+    def send(self, header: Header, payload: Payload | None) -> bool:
         if self.closed or not self.accepts or not self.net.reachable:
             return False
         header = unpack(pack(dict(header)))
         self.sent.append(header)
+        self.payloads.append(payload)
         self.net.arrived.set()
         answer = self.net.answers(self, header)
         if answer is not None:
@@ -506,5 +519,162 @@ def test_all_hear_of_the_end_of_a_session_though_one_can_not_take_it() -> None:
         await net.until(lambda: bool(outcome.got), REPLICA_TIMEOUT_S + 1)
         assert outcome.code == "unreachable"
         await net.until(lambda: net.peer.state == UP and len(net.wires) == 2)
+
+    with_net(story)
+
+
+# --- several writes in one message
+
+
+def at_leisure(net: Net, block: int, uuid: str = "u", epoch: int = 3, size: int = 4) -> Outcome:
+    outcome = Outcome()
+    assert net.peer.write_at_leisure(uuid, epoch, block, 512, 7, bytes([block] * size), outcome)
+    return outcome
+
+
+def places(header: Header) -> list[int]:
+    """The blocks that a message writes to."""
+    return [block for block, _, _, _ in header["w"]]
+
+
+def test_writes_at_leisure_are_one_message_before_anything_else() -> None:
+    async def story(net: Net) -> None:
+        wire = await net.up()
+        outcomes = [at_leisure(net, block) for block in range(3)]
+        assert not wire.of("wt"), "nobody waits for them"
+        assert net.peer.numbered({"op": "f"}, None, Outcome())
+        (header,) = wire.of("wt")
+        assert header["w"] == [[block, 512, 7, 4] for block in range(3)]
+        assert wire.payloads[wire.sent.index(header)] == b"\0\0\0\0\1\1\1\1\2\2\2\2"
+        assert (header["i"], header["e"], header["t"], header["n"], wire.of("f")[0]["n"]) == ("u", 3, 100, 0, 1)
+        assert wire.sent.index(header) < wire.sent.index(wire.of("f")[0])
+        assert net.peer.inflight_bytes == 12
+        wire.reply(header, {})
+        assert [o.code for o in outcomes] == ["done"] * 3
+        at_leisure(net, 4)
+        asked = asyncio.create_task(net.peer.ask("r", {}))  # what was written before is there
+        await net.until(lambda: bool(wire.of("r")))
+        assert [h["op"] for h in wire.sent if h["op"] in ("wt", "r")] == ["wt", "wt", "r"]
+        asked.cancel()
+
+    with_net(story)
+
+
+def test_a_write_at_leisure_goes_by_itself_after_a_while() -> None:
+    async def story(net: Net) -> None:
+        wire = await net.up()
+        at_leisure(net, 1)
+        assert await net.until(lambda: bool(wire.of("wt"))) <= 2 * LEISURE_S
+        at_leisure(net, 2)
+        assert len(wire.of("wt")) == 1, "the next one has a while of its own"
+        await net.until(lambda: len(wire.of("wt")) == 2)
+        assert [h["n"] for h in wire.of("wt")] == [0, 1]
+
+    with_net(story)
+
+
+@pytest.mark.parametrize(("count", "size"), [(LEISURE_WRITES, 1), (2, LEISURE_BYTES // 2)])
+def test_so_much_does_not_wait(count: int, size: int) -> None:
+    async def story(net: Net) -> None:
+        wire = await net.up()
+        for block in range(count - 1):
+            at_leisure(net, block, size=size)
+        assert not wire.of("wt")
+        at_leisure(net, count - 1, size=size)
+        assert places(wire.of("wt")[0]) == list(range(count))
+        await asyncio.sleep(2 * LEISURE_S)
+        assert len(wire.of("wt")) == 1
+
+    with_net(story)
+
+
+def test_another_image_or_epoch_is_another_message() -> None:
+    async def story(net: Net) -> None:
+        wire = await net.up()
+        for block, (uuid, epoch) in enumerate([("u", 3), ("u", 3), ("u", 4), ("v", 4), ("u", 4)]):
+            at_leisure(net, block, uuid, epoch)
+        await net.until(lambda: len(wire.of("wt")) == 4)
+        assert [(h["i"], h["e"], h["n"], places(h)) for h in wire.of("wt")] == [
+            ("u", 3, 0, [0, 1]),
+            ("u", 4, 1, [2]),
+            ("v", 4, 2, [3]),
+            ("u", 4, 3, [4]),
+        ]
+
+    with_net(story)
+
+
+def test_those_that_failed_are_told_and_no_others() -> None:
+    async def story(net: Net) -> None:
+        wire = await net.up()
+        outcomes = [at_leisure(net, block) for block in range(4)]
+        await net.until(lambda: bool(wire.of("wt")))
+        failed = [[1, error_reply(Damaged("b"))], [3, error_reply(NoSpace("full", touched=False))]]
+        wire.reply(wire.of("wt")[0], {"failed": failed})
+        assert [o.code for o in outcomes] == ["done", "damaged", "done", "no-space"]
+        assert outcomes[3].got[0][0].details == {"touched": False}  # type: ignore[union-attr]
+        assert net.peer.state == UP
+
+    with_net(story)
+
+
+@pytest.mark.parametrize("told", [None, 5, "x", [5], [[0]], [[0, 5]], [[0, {}]], [["x", {"err": "disk"}], 5]])
+def test_an_answer_that_can_not_be_read_is_no_success(told: object) -> None:
+    async def story(net: Net) -> None:
+        wire = await net.up()
+        outcomes = [at_leisure(net, block) for block in range(2)]
+        await net.until(lambda: bool(wire.of("wt")))
+        wire.reply(wire.of("wt")[0], {"failed": told})
+        assert [o.code for o in outcomes] == ["disk", "disk"]
+
+    with_net(story)
+
+
+def test_one_error_is_that_of_all() -> None:
+    async def story(net: Net) -> None:
+        wire = await net.up()
+        outcomes = [at_leisure(net, block) for block in range(2)]
+        await net.until(lambda: bool(wire.of("wt")))
+        wire.reply(wire.of("wt")[0], error_reply(StaleEpoch("e", epoch=9)))
+        assert [o.code for o in outcomes] == ["stale-epoch", "stale-epoch"]
+
+    with_net(story)
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_the_end_of_a_session_fails_what_waits_at_leisure_once(sent: bool) -> None:
+    async def story(net: Net) -> None:
+        wire = await net.up()
+        outcomes = [at_leisure(net, block) for block in range(2)]
+        if sent:
+            await net.until(lambda: bool(wire.of("wt")))
+        net.peer.fail("cut")
+        assert [o.code for o in outcomes] == ["unreachable"] * 2
+        assert not net.peer.write_at_leisure("u", 3, 0, 0, 7, b"x", Outcome())
+        await net.until(lambda: net.peer.state == UP)
+        await asyncio.sleep(2 * LEISURE_S)
+        assert not net.wire.of("wt"), "what has failed is not sent in the next session"
+
+    with_net(story)
+
+
+@pytest.mark.parametrize("after", ["a while", "another image", "a flush", "so many"])
+def test_a_connection_lost_at_leisure_fails_all_once(after: str) -> None:
+    async def story(net: Net) -> None:
+        wire = await net.up()
+        outcomes = [at_leisure(net, block) for block in range(LEISURE_WRITES - 1)]
+        wire.accepts = net.reachable = False
+        last = Outcome()
+        if after == "a while":
+            await net.until(lambda: net.peer.state != UP)
+        elif after == "another image":
+            assert not net.peer.write_at_leisure("v", 3, 0, 0, 7, b"x", last)
+        elif after == "a flush":
+            assert not net.peer.numbered({"op": "f"}, None, last)
+        else:
+            outcomes.append(at_leisure(net, 0))
+        assert [o.code for o in outcomes] == ["unreachable"] * len(outcomes)
+        assert not last.got
+        assert net.peer.inflight_bytes == 0
 
     with_net(story)

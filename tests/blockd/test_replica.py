@@ -32,7 +32,7 @@ from ukai.messages import Header, pack, unpack
 
 A, B = "192.0.2.1", "192.0.2.2"
 TOKEN = 5000
-NUMBERED = ("w", "ws", "z", "g", "f", "d", "k")
+NUMBERED = ("w", "wt", "ws", "z", "g", "f", "d", "k")
 SESSION = ("fence", "r", "h", "usage")
 PLAIN = ("hello", "ping")
 
@@ -222,7 +222,7 @@ def test_an_epoch_that_is_over_is_refused_before_a_file_is_touched(sender: Sende
     sender.write(b"x", epoch=8)
     meta = (Path(image.directory) / ".ukai.json").read_bytes()
     with pytest.raises(StaleEpoch) as caught:
-        sender.send(op, b"y", e=7, b=0, o=0, l=1, g=9, least=0, ranges=[[0, 4]])
+        sender.send(op, b"y", e=7, b=0, o=0, l=1, g=9, least=0, ranges=[[0, 4]], w=[[0, 0, 9, 1]])
     assert caught.value.details == {"epoch": 8}
     assert image.read(0, 0, 1) == b"x"
     assert list(image.generations) == [7, 0, 0, 0, 0]
@@ -237,7 +237,7 @@ def test_a_higher_epoch_is_persisted_and_told(reopen: OpenStore, op: str) -> Non
     replica.on_epoch = lambda uuid, epoch: heard.append((uuid, epoch))
     sender = Sender(replica)
     sender.write(b"x", epoch=3)
-    sender.send(op, b"y", e=4, b=0, o=0, l=1, g=7, least=0, ranges=[[0, 0]])
+    sender.send(op, b"y", e=4, b=0, o=0, l=1, g=7, least=0, ranges=[[0, 0]], w=[[0, 0, 7, 1]])
     assert heard == [(UUID, 3), (UUID, 4)]
     assert reopen().image(UUID).epoch == 4
 
@@ -354,6 +354,31 @@ def test_an_older_copy_is_neither_stamped_nor_written_nor_hashed(sender: Sender,
         with pytest.raises(Damaged, match="generation 5 is below"):
             sender.send(op, b"x", e=1, **fields)
     assert image.generations[0] == 5
+
+
+def test_several_writes_are_done_in_their_order(sender: Sender, image: ImageStore) -> None:
+    for block in (0, 1):
+        image.ready(block, 9, 0)
+    rows = [[0, 0, 9, 4], [1, 2, 9, 3], [0, 2, 9, 4]]
+    assert sender.send("wt", b"aaaabbbcccc", e=1, w=rows)[0] == {"v": 1}
+    assert (image.read(0, 0, 7), image.read(1, 0, 6)) == (b"aacccc\0", b"\0\0bbb\0")
+    assert image.unflushed == {0, 1}
+
+
+def test_of_several_writes_those_that_fail_are_told(sender: Sender, image: ImageStore) -> None:
+    """An older copy is not written (R8); the others are."""
+    for block, generation in ((0, 9), (1, 5), (2, 9)):
+        image.ready(block, generation, 0)
+    reply, _ = sender.send("wt", b"aabbccdd", e=1, w=[[0, 0, 9, 2], [1, 0, 9, 2], [2, 0, 9, 2], [0, 2, 9, 2]])
+    ((number, error),) = reply["failed"]
+    assert (number, error["err"]) == (1, "damaged")
+    assert "generation 5 is below" in error["msg"]
+    assert (image.read(0, 0, 4), image.read(1, 0, 2), image.read(2, 0, 2)) == (b"aadd", b"\0\0", b"cc")
+    assert image.generations[1] == 5
+    image.admit(4)
+    with pytest.raises(StaleEpoch):
+        sender.send("wt", b"zz", e=3, w=[[0, 0, 9, 2]])
+    assert image.read(0, 0, 2) == b"aa"
 
 
 def test_a_flush_that_fails_names_the_blocks(sender: Sender, image: ImageStore) -> None:
@@ -530,6 +555,7 @@ FIELDS: dict[str, Header] = {
     "ping": {"roles": {UUID: 5}},
     "fence": {"i": UUID, "e": 5},
     "w": {"i": UUID, "e": 5, "b": 1, "o": 3, "g": 9},
+    "wt": {"i": UUID, "e": 5, "w": [[1, 3, 9, 1]]},
     "ws": {"i": UUID, "e": 5, "b": 1, "o": 3, "g": 9},
     "z": {"i": UUID, "e": 5, "b": 1, "o": 3, "l": 4, "g": 9},
     "g": {"i": UUID, "e": 5, "g": 9, "least": 0, "ranges": [[1, 1]]},
@@ -563,6 +589,31 @@ WRONG: dict[str, list[object]] = {
         [[0, True]],
         DEEP,
         [[0, 2**62]],
+    ],
+    "w": [
+        None,
+        5,
+        "x",
+        {},
+        [],
+        [5],
+        [[1, 3, 9]],
+        [[1, 3, 9, 1, 0]],
+        [["1", 3, 9, 1]],
+        [[1, None, 9, 1]],
+        [[1, 3, 9.0, 1]],
+        [[1, 3, 9, True]],
+        [[5, 3, 9, 1]],
+        [[-1, 3, 9, 1]],
+        [[1, -1, 9, 1]],
+        [[1, 8192, 9, 1]],
+        [[1, 3, 0, 1]],
+        [[1, 3, 9, 0]],
+        [[1, 3, 9, -1]],
+        [[1, 3, 9, 2]],
+        [[1, 3, 9, 1], [1, 4, 9, 1]],
+        [[1, 3, 9, 2], [1, 4, 9, -1]],
+        DEEP,
     ],
     "roles": [None, 5, "x", [], DEEP],
     "empty": [None, 5, "x", [], DEEP],
@@ -623,9 +674,9 @@ def test_every_op_takes_its_fields_as_they_should_be(reopen: OpenStore) -> None:
         sender = Sender(new_replica(store))
         sender.write(b"here", epoch=image.epoch, generation=max(7, image.generations[0]))
         image.set_generation(0, 7)
-        image.set_generation(1, 9 if op in ("w", "ws", "z") else 0)
+        image.set_generation(1, 9 if op in ("w", "wt", "ws", "z") else 0)
         block_path(store, 1).write_bytes(bytes(8192))
-        sender.send(op, b"x" if op in ("w", "ws") else None, **fields)
+        sender.send(op, b"x" if op in ("w", "wt", "ws") else None, **fields)
 
 
 @pytest.mark.parametrize(("op", "what", "fields"), _malformed(), ids=lambda v: v if isinstance(v, str) else "")

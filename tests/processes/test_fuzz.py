@@ -182,6 +182,7 @@ def proxy_requests(uuid: str, token: int) -> Iterator[dict[str, Any]]:
     data: list[dict[str, Any]] = [
         {"op": "fence", "i": uuid, "e": "x"},
         {"op": "w", **place, "e": None, "g": 1},
+        {"op": "wt", "i": uuid, "e": None, "w": [[0, 0, 1, 4096]]},
         {"op": "ws", **place, "e": None, "g": 1},
         {"op": "z", **place, "e": None, "l": 4096, "g": 1},
         {"op": "g", "i": uuid, "e": None, "g": 1, "ranges": [[0, 0]]},

@@ -65,9 +65,10 @@ def lag(cluster: Cluster) -> dict[str, float]:
     return {item["name"].removeprefix("ukai_replication_"): item["value"] for item in told["metrics"]}
 
 
-def test_the_lag_is_in_the_metrics(tmp_path: Path) -> None:
-    """Bytes and requests that the other copy has not answered, until it has."""
-    behind, nothing = {"lag_bytes": 8 * PIECE, "lag_requests": 8}, {"lag_bytes": 0, "lag_requests": 0}
+@pytest.mark.parametrize(("size", "op", "messages"), [(PIECE, "w", 8), (4096, "wt", 1)])
+def test_the_lag_is_in_the_metrics(tmp_path: Path, size: int, op: str, messages: int) -> None:
+    """Bytes and requests that the other copy has not answered, until it has; small ones go several in a message."""
+    behind, nothing = {"lag_bytes": 8 * size, "lag_requests": 8}, {"lag_bytes": 0, "lag_requests": 0}
     settings = {**QUICK, "replica_timeout": 15, "lease": 15, "active_idle": 60}  # no flush may overtake what is held
     with Proxy() as proxy, ProxiedCluster(tmp_path / "cluster", proxy, nodes=2, settings=settings) as cluster:
         other, disk = create(cluster, "other"), create_flush(cluster)
@@ -75,10 +76,10 @@ def test_the_lag_is_in_the_metrics(tmp_path: Path) -> None:
         write_at(disk, 0, bytes(MIB))
         assert lag(cluster) == nothing
         with disk.open("r+b", buffering=0) as guest:
-            held = proxy.rule("hold", "w", client=cluster.node(1), server=cluster.node(2), count=-1)
-            for at in range(0, 8 * PIECE, PIECE):
-                os.pwrite(guest.fileno(), os.urandom(PIECE), at)
-            held.wait_met(8)
+            held = proxy.rule("hold", op, client=cluster.node(1), server=cluster.node(2), count=-1)
+            for at in range(0, 8 * size, size):
+                os.pwrite(guest.fileno(), os.urandom(size), at)
+            held.wait_met(messages)
             wait_for(lambda: lag(cluster) == behind, f"a lag of {behind}", 10, lambda: f"{lag(cluster)}")
             proxy.release(held)
             wait_for(lambda: lag(cluster) == nothing, "no lag once all is answered", 10, lambda: f"{lag(cluster)}")

@@ -133,7 +133,7 @@ class Transport:
         self.connection = Connection(world.net, client, own, node)
         self.closed = False
 
-    def send(self, header: Header, payload: Any, may_wait: bool) -> bool:
+    def send(self, header: Header, payload: Any) -> bool:
         if self.closed:
             return False
         net, server = self.world.net, self.world.blockds.get(self.node)
@@ -724,7 +724,11 @@ class World:
 
         def looked_at(fields: Header, data: Any) -> None:
             epoch = header.get("e")
-            if "err" not in fields and isinstance(epoch, int) and header["op"] in ("w", "ws", "z", "g", "k", "fence"):
+            if (
+                "err" not in fields
+                and isinstance(epoch, int)
+                and header["op"] in ("w", "wt", "ws", "z", "g", "k", "fence")
+            ):
                 key = (node, header["i"])
                 if epoch < self.epochs.get(key, 0):
                     self.violation(f"{node} took {header['op']} of epoch {epoch} after epoch {self.epochs[key]}")

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from ukai.errors import NotReady, StaleEpoch, Timeout, UkaiError, Unreachable, from_wire
+from ukai.errors import DiskError, NotReady, StaleEpoch, Timeout, UkaiError, Unreachable, from_wire
 from ukai.messages import Header
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,9 @@ SLOW_OPS = frozenset({"f", "ws", "d", "g", "h", "k", "cr", "usage"})
 BUSY_REQUESTS = 4000
 """Well below what the connection queues: a peer that is so far behind is not loaded with more in advance."""
 
+LEISURE_S, LEISURE_BYTES, LEISURE_WRITES = 0.001, 128 * 2**10, 128
+"""So long, and until so much is there, a write that nobody waits for waits for others to go with it."""
+
 TIMER_SLACK_S = 0.001
 """A loop may wake this much before the time asked for."""
 
@@ -38,14 +41,48 @@ TIMER_SLACK_S = 0.001
 class Transport(Protocol):
     """An ordered connection that may drop everything at any time."""
 
-    def send(self, header: Header, payload: Payload | None, may_wait: bool) -> bool:
-        """``may_wait``: it need not go at once, only in its order."""
-        ...
+    def send(self, header: Header, payload: Payload | None) -> bool: ...
 
     def close(self) -> None: ...
 
 
 Connect = Callable[[str, Callable[[Header, Payload | None], None]], Transport]
+
+
+class Together:
+    """Writes of one image and epoch that go as one message."""
+
+    __slots__ = ("data", "done", "epoch", "places", "size", "uuid")
+
+    def __init__(self, uuid: str, epoch: int) -> None:
+        self.uuid, self.epoch = uuid, epoch
+        self.places: list[list[int]] = []
+        """Block, offset, generation, length of each."""
+        self.data: list[Payload] = []
+        self.done: list[Done] = []
+        self.size = 0
+
+    def ended(self, error: UkaiError | None, header: Header, _payload: Payload | None) -> None:
+        """All are answered; of those that failed the answer tells."""
+        failed = {} if error is not None or "failed" not in header else self._failed(header["failed"])
+        for at, done in enumerate(self.done):
+            try:
+                done(failed.get(at, error), header, None)
+            except Exception:  # the others must hear of theirs all the same
+                log.exception("defect after a write")
+
+    def _failed(self, told: object) -> dict[int, UkaiError]:
+        try:
+            return {at: _error(fields) for at, fields in told}  # type: ignore[attr-defined]
+        except (TypeError, ValueError, AttributeError, KeyError):
+            return dict.fromkeys(range(len(self.done)), DiskError("its answer to several writes can't be read"))
+
+
+def _error(header: Header) -> UkaiError:
+    error = from_wire(header["err"], header.get("msg", ""))
+    details = header.get("details")
+    error.details = dict(details) if isinstance(details, dict) else {}
+    return error
 
 
 class Peer:
@@ -80,6 +117,9 @@ class Peer:
         self._attempts = itertools.count(1)
         self._ids = itertools.count(1)
         self._waiting: dict[int, tuple[float, int, Done]] = {}
+        self._together: Together | None = None
+        """What waits to be sent, before anything else is."""
+        self._leisure: asyncio.TimerHandle | None = None
         self._token = self._number = 0
         self._transport: Transport | None = None
         self._settled = asyncio.Event()
@@ -102,23 +142,64 @@ class Peer:
 
     # --- requests
 
-    def numbered(self, header: Header, payload: Payload | None, done: Done, may_wait: bool = False) -> bool:
-        """Send what alters data, in order (R6); false, and ``done`` is not called, when the session is not up.
-
-        ``may_wait``: nobody waits for the answer yet.
-        """
+    def numbered(self, header: Header, payload: Payload | None, done: Done) -> bool:
+        """Send what alters data, in order (R6); false, and ``done`` is not called, when the session is not up."""
+        if self._together is not None:
+            self._send_together()
         if self.state != UP:
             return False
         header["t"], header["n"] = self._token, self._number
         self._number += 1
-        if self._send(header, payload, done, may_wait):
+        if self._send(header, payload, done):
             return True
         self.fail("the connection was lost")
         return False
 
-    def _send(self, header: Header, payload: Payload | None, done: Done, may_wait: bool = False) -> bool:
+    def write_at_leisure(
+        self, uuid: str, epoch: int, block: int, offset: int, generation: int, data: Payload, done: Done
+    ) -> bool:
+        """Send a write that nobody waits for, in its order (R6), with those that come within LEISURE_S.
+
+        False, and ``done`` is not called, when the session is not up.  ``data`` must stay as it is.
+        """
+        if self.state != UP:
+            return False
+        together = self._together
+        if together is None or together.uuid != uuid or together.epoch != epoch:
+            if together is not None:
+                self._send_together()
+                if self.state != UP:
+                    return False
+            together = self._together = Together(uuid, epoch)
+            self._leisure = self._loop.call_later(LEISURE_S, self._send_together)
+        size = len(data)
+        together.places.append([block, offset, generation, size])
+        together.data.append(data)
+        together.done.append(done)
+        together.size += size
+        if together.size >= LEISURE_BYTES or len(together.done) >= LEISURE_WRITES:
+            self._send_together()
+        return True
+
+    def _send_together(self) -> None:
+        together = self._take_together()
+        if together is not None:
+            header: Header = {"op": "wt", "i": together.uuid, "e": together.epoch, "w": together.places}
+            if not self.numbered(header, b"".join(together.data), together.ended):
+                together.ended(Unreachable(f"node {self.node}: {self.reason}"), {}, None)
+
+    def _take_together(self) -> Together | None:
+        together, self._together = self._together, None
+        if self._leisure is not None:
+            self._leisure.cancel()
+            self._leisure = None
+        return together
+
+    def _send(self, header: Header, payload: Payload | None, done: Done) -> bool:
+        if self._together is not None:
+            self._send_together()
         number = header["id"] = next(self._ids)
-        if self._transport is None or not self._transport.send(header, payload, may_wait):
+        if self._transport is None or not self._transport.send(header, payload):
             return False
         size = len(payload) if payload is not None else 0
         self.inflight_bytes += size
@@ -164,9 +245,7 @@ class Peer:
         if "err" not in header:
             entry[2](None, header, payload)
             return
-        error = from_wire(header["err"], header.get("msg", ""))
-        details = header.get("details")
-        error.details = dict(details) if isinstance(details, dict) else {}
+        error = _error(header)
         if error.code == "stale-session" and self.state == UP:
             entry[2](error, header, None)
             self.fail(f"session refused: {error.message}")
@@ -278,7 +357,10 @@ class Peer:
             self._transport = None
         waiting, self._waiting = self._waiting, {}
         self.inflight_bytes = 0
-        for _, _, done in waiting.values():
+        all_done = [done for _, _, done in waiting.values()]
+        if (together := self._take_together()) is not None:
+            all_done.append(together.ended)
+        for done in all_done:
             try:
                 done(Unreachable(f"node {self.node}: {reason}"), {}, None)
             except Exception:  # the others must hear of it all the same

@@ -20,8 +20,8 @@ from ukai import faults
 from ukai.blockd.files import HOLE, zeros
 from ukai.blockd.image_store import Borrowed, ImageStore
 from ukai.blockd.store import Store
-from ukai.errors import Damaged, NotReady, RemoteProtocolError, StaleSession
-from ukai.messages import Header, flag, integer, ranges, show, text
+from ukai.errors import Damaged, NotReady, RemoteProtocolError, StaleSession, UkaiError
+from ukai.messages import Header, error_reply, flag, integer, places, ranges, show, text
 from ukai.ranges import RangeSet
 
 Payload = bytes | bytearray | memoryview
@@ -80,6 +80,12 @@ def _tell(future: asyncio.Future[T], result: T) -> None:
         future.set_result(result)
 
 
+def _write(image: ImageStore, block: int, offset: int, data: Payload, generation: int) -> None:
+    faults.point("replica.write")
+    image.write(block, offset, data, generation)
+    faults.point("replica.written")
+
+
 class Session:
     """What one coordinator may send next."""
 
@@ -110,6 +116,7 @@ class Replica:
         """Called when an image's epoch has grown: a coordinator on this node may have lost its role."""
         self.numbered: dict[str, Callable[[Header, Payload | None], Answer | Later | Awaitable[Answer]]] = {
             "w": self._write,
+            "wt": self._write_together,
             "ws": self._write_through,
             "z": self._punch,
             "g": self._stamp,
@@ -229,10 +236,30 @@ class Replica:
         image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
         block, offset = self._place(image, header, len(payload))
         self._admit(image, epoch)
-        faults.point("replica.write")
-        image.write(block, offset, payload, generation)
-        faults.point("replica.written")
+        _write(image, block, offset, payload, generation)
         return {}, None
+
+    def _write_together(self, header: Header, payload: Payload | None) -> Answer:
+        """Several writes, in their order (R6); one that fails does not keep the others from their files."""
+        if not payload:
+            raise RemoteProtocolError("writes without data")
+        image, epoch, data = self._image(header), integer(header, "e"), memoryview(payload)
+        pieces, at = [], 0
+        for block, offset, generation, length in places(header, "w", image.block_count - 1):
+            if offset + length > image.block_bytes(block):
+                raise RemoteProtocolError(f"{length} bytes at {offset} do not fit into block {block}")
+            pieces.append((block, offset, generation, data[at : at + length]))
+            at += length
+        if at != len(data):
+            raise RemoteProtocolError(f"writes of {at} bytes in all with {len(data)} bytes of data")
+        self._admit(image, epoch)
+        failed: list[tuple[int, Header]] = []
+        for number, (block, offset, generation, piece) in enumerate(pieces):
+            try:
+                _write(image, block, offset, piece, generation)
+            except UkaiError as e:
+                failed.append((number, error_reply(e)))
+        return {"failed": failed} if failed else {}, None
 
     def _write_through(self, header: Header, payload: Payload | None) -> Later:
         """A write with its fdatasync (R7): one answer for both."""

@@ -120,9 +120,9 @@ class PeerTransport:
             return
         self._received(header, frames[1] if len(frames) > 1 else None)
 
-    def send(self, header: Header, payload: Payload | None, may_wait: bool) -> bool:
+    def send(self, header: Header, payload: Payload | None) -> bool:
         packed = messages.pack(header)
-        return self._dealer.send([packed] if payload is None else [packed, payload], may_wait)
+        return self._dealer.send([packed] if payload is None else [packed, payload])
 
     def close(self) -> None:
         self._dealer.close()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ukai import faults
 from ukai.blockd.image_store import ImageStore
-from ukai.blockd.peer import Payload, Peer
+from ukai.blockd.peer import LEISURE_BYTES, Payload, Peer
 from ukai.blockd.role import RETRY_S
 from ukai.errors import Damaged, DiskError, NoSpace, StaleEpoch, Timeout, UkaiError, Unreachable
 from ukai.messages import Header
@@ -179,17 +179,17 @@ class Writes:
             hot.clean = False
             c.flusher.dirty(block, hot.nodes)
         op.waiting = 1
+        leisurely = early and not through and length < LEISURE_BYTES // 2
         for peer in hot.peers:
-            header: Header = {"i": c.uuid, "e": op.epoch, "b": block, "o": offset, "g": hot.generation}
-            if data is None:
-                header["op"], header["l"] = "z", length
-            else:
-                header["op"] = "ws" if through else "w"
+            answered = functools.partial(_answered, op, peer.node)
             op.waiting += 1
-            node = peer.node
-            if not peer.numbered(header, data, functools.partial(_answered, op, node), early and not through):
+            if leisurely and data is not None:
+                sent = peer.write_at_leisure(c.uuid, op.epoch, block, offset, hot.generation, data, answered)
+            else:
+                sent = peer.numbered(self._header(op, data, length), data, answered)
+            if not sent:
                 op.waiting -= 1
-                op.failed[node] = Unreachable(f"node {node}: {peer.reason}")
+                op.failed[peer.node] = Unreachable(f"node {peer.node}: {peer.reason}")
         error: UkaiError | None = None
         if hot.local is not None:
             try:
@@ -226,6 +226,14 @@ class Writes:
             self._flush_here(op, hot.local)
         else:
             op.answered(c.own, error)
+
+    def _header(self, op: Op, data: Payload | None, length: int) -> Header:
+        header: Header = {"i": self._c.uuid, "e": op.epoch, "b": op.block, "o": op.offset, "g": op.hot.generation}
+        if data is None:
+            header["op"], header["l"] = "z", length
+        else:
+            header["op"] = "ws" if op.through else "w"
+        return header
 
     def _flush_here(self, op: Op, image: ImageStore) -> None:
         """Once the peers have been sent what they wait for."""
