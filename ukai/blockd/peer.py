@@ -31,7 +31,7 @@ SLOW_OPS = frozenset({"f", "ws", "d", "g", "h", "k", "cr", "usage"})
 BUSY_REQUESTS = 4000
 """Well below what the connection queues: a peer that is so far behind is not loaded with more in advance."""
 
-LEISURE_S, LEISURE_BYTES, LEISURE_WRITES = 0.001, 128 * 2**10, 128
+LEISURE_S, LEISURE_BYTES, LEISURE_WRITES = 0.002, 128 * 2**10, 128
 """So long, and until so much is there, a write that nobody waits for waits for others to go with it."""
 
 TIMER_SLACK_S = 0.001
