@@ -42,8 +42,7 @@ CLOSE_WAIT_S = 2.0
 CONNECT_PAUSE_S = 0.02
 
 _CHANGES_DATA = ("w", "z")
-_QUICK = ("r", "w", "z")
-"""What waits for no disk, as a rule."""
+_DATA = ("r", "w", "z", "f")
 
 
 class _Gone(Exception):
@@ -98,8 +97,9 @@ class Client:
         self._closing: set[int] = set()
         self._order = threading.Lock()
         """What Shortcut hears of writes comes one after the other."""
-        self._patience = Patience(busy_poll_us)
-        """Of a thread with the only request, if it is a quick one: it takes the interpreter, or a core, from others."""
+        self._patience, self._patience_stored = Patience(busy_poll_us), Patience(busy_poll_us)
+        """Of a thread with the only request: it takes the interpreter, or a core, from others.  The second is for what
+        waits for disks, so that slow ones do not keep others from looking."""
         self._borrower = borrower
         """None: all reads go through blockd."""
         self._shortcuts: dict[str, Shortcut] = {}
@@ -298,7 +298,6 @@ class Client:
         if 0 < self.crowd <= len(self._busy) and not self.crowded.is_set():
             self.crowded.set()
         header["id"] = number
-        quick = header["op"] in _QUICK and not header.get("s") and "f" not in header
         sent = received = answered = False
         try:
             data = messages.pack(header)
@@ -311,7 +310,7 @@ class Client:
                 self._insist(e, line.send_rest, inc, deadline, "can't be reached", Unreachable)
             sent = True
             try:
-                frames = line.receive(into, self._patience if quick and len(self._busy) == 1 else None)
+                frames = line.receive(into, self._patience_for(header) if len(self._busy) == 1 else None)
             except OSError as e:
                 what = f"did not answer {header['op']}"
                 frames = self._insist(e, lambda: line.receive(into), inc, deadline, what, Timeout)
@@ -339,6 +338,11 @@ class Client:
                 self._hold(writer, header["o"], header.get("l", size), channel, inc)
             else:
                 self._drop(channel)
+
+    def _patience_for(self, header: Header) -> Patience | None:
+        if header["op"] not in _DATA:
+            return None
+        return self._patience_stored if header["op"] == "f" or header.get("s") or "f" in header else self._patience
 
     def _connected(self, inc: str, deadline: float) -> Line:
         """Raises _Gone, Unreachable."""
