@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.sim.world import World
 from ukai.blockd import core as block_core
-from ukai.blockd import files, flush, image_store, marks, replica, resync, sums, verify, writes
+from ukai.blockd import files, flush, image_store, marks, peer, replica, resync, sums, verify, writes
 from ukai.blockd.activity import Activity
 from ukai.blockd.behind import Behind
 from ukai.blockd.coordinator import Coordinator
@@ -22,7 +22,7 @@ from ukai.blockd.image_store import ImageStore
 from ukai.blockd.readable import Readable
 from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
-from ukai.errors import NoSpace, UkaiError
+from ukai.errors import NoSpace, UkaiError, Unreachable
 from ukai.frontend.core import Overdue
 from ukai.frontend.shortcut import Loan, Shortcut
 from ukai.loans import NOT_LENT
@@ -330,6 +330,24 @@ def _flush_here_only() -> list[Patch]:
 
     real = flush.Flusher._one
     return [(flush.Flusher, "_one", one)]
+
+
+def _flush_overtakes() -> list[Patch]:
+    """What waits at leisure is sent after the flush, not before it."""
+
+    def numbered(self: peer.Peer, header: Any, payload: Any, done: peer.Done) -> bool:
+        if header["op"] != "f" or self._together is None:
+            return real(self, header, payload, done)
+        together, self._together = self._together, None
+        sent = real(self, header, payload, done)
+        if sent:
+            self._together = together
+        else:
+            together.ended(Unreachable("the connection was lost"), {}, None)
+        return sent
+
+    real = peer.Peer.numbered
+    return [(peer.Peer, "numbered", numbered)]
 
 
 def _failed_flush_ignored() -> list[Patch]:
@@ -654,6 +672,7 @@ MUTATIONS = (
         12.0,
     ),
     Mutation("R7", "only the local disk is flushed", _flush_here_only, _world("migrate"), (STORED,)),
+    Mutation("R7", "a flush overtakes writes at leisure", _flush_overtakes, _flush("migrate"), (STORED,)),
     Mutation("R7", "a failed flush is ignored", _failed_flush_ignored, _world("disk"), (STORED,)),
     Mutation(
         "R7", "only this process is flushed", _flush_of_this_process_only, _world("kill blockd", threads=1), (STORED,)
