@@ -618,7 +618,14 @@ def test_those_that_failed_are_told_and_no_others() -> None:
     with_net(story)
 
 
-@pytest.mark.parametrize("told", [None, 5, "x", [5], [[0]], [[0, 5]], [[0, {}]], [["x", {"err": "disk"}], 5]])
+ERROR = {"err": "disk", "msg": "m"}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [None, 5, "x", "", {}, {"0": ERROR}, [5], [[0]], [[0, 5]], [[0, {}]], [["x", ERROR]], [[2, ERROR]], [[-1, ERROR]],
+     [[True, ERROR]], [[0, ERROR, 1]]],
+)  # fmt: skip
 def test_an_answer_that_can_not_be_read_is_no_success(told: object) -> None:
     async def story(net: Net) -> None:
         wire = await net.up()

@@ -72,10 +72,14 @@ class Together:
                 log.exception("defect after a write")
 
     def _failed(self, told: object) -> dict[int, UkaiError]:
+        """Place of each that failed → why.  What can't be read is no success of any."""
+        places = range(len(self.done))
         try:
-            return {at: _error(fields) for at, fields in told}  # type: ignore[attr-defined]
+            if type(told) is list and all(type(at) is int and at in places for at, _ in told):
+                return {at: _error(fields) for at, fields in told}
         except (TypeError, ValueError, AttributeError, KeyError):
-            return dict.fromkeys(range(len(self.done)), DiskError("its answer to several writes can't be read"))
+            pass
+        return dict.fromkeys(places, DiskError("its answer to several writes can't be read"))
 
 
 def _error(header: Header) -> UkaiError:
