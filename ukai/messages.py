@@ -77,13 +77,18 @@ def error_reply(error: BaseException) -> Header:
     return {"err": "failed", "msg": one_line(f"internal error: {type(error).__name__}: {error}")}
 
 
+def reported(fields: Header) -> UkaiError:
+    """The error in ``fields`` that have ``err``: what error_reply() made them of."""
+    error = from_wire(fields["err"], fields.get("msg", ""))
+    details = fields.get("details")
+    error.details = {str(k): v for k, v in details.items()} if isinstance(details, dict) else {}
+    return error
+
+
 def raise_error(reply: Header) -> None:
     """Raise the error that a reply carries, if it carries one."""
-    if (code := reply.get("err")) is not None:
-        error = from_wire(code, reply.get("msg", ""))
-        details = reply.get("details")
-        error.details = {str(k): v for k, v in details.items()} if isinstance(details, dict) else {}
-        raise error
+    if reply.get("err") is not None:
+        raise reported(reply)
 
 
 def integer(header: Header, name: str, low: int = 0, high: int = 2**63 - 1, default: int | None = None) -> int:
@@ -159,7 +164,7 @@ def _rows(header: Header, name: str, form: str, length: int) -> Iterator[list[An
     """The lists of ``length`` values, of which the first two are whole numbers, in ``name``; none when absent."""
     value = header.get(name, [])
     if type(value) is not list:
-        raise RemoteProtocolError(f"field {name}: a list of ranges is wanted")
+        raise RemoteProtocolError(f"field {name}: a list of {form} is wanted")
     for item in value:
         if type(item) is not list or len(item) != length or type(item[0]) is not int or type(item[1]) is not int:
             raise RemoteProtocolError(f"field {name}: {form} is wanted, not {show(item)}")

@@ -88,7 +88,7 @@ class Connection:
         self._queue: deque[Data] = deque()
         self._queue_bytes = 0
         self._pushing: asyncio.Handle | None = None
-        """When the queue is to be sent at the next turn of the loop."""
+        """Set while the queue waits for the next turn of the loop."""
         self._unanswered = 0
         """Requests of a DEALER that have no answer yet, as far as each has one."""
         self._lonely = 0

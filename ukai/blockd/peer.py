@@ -15,8 +15,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from ukai.errors import DiskError, NotReady, StaleEpoch, Timeout, UkaiError, Unreachable, from_wire
-from ukai.messages import Header
+from ukai.errors import DiskError, NotReady, StaleEpoch, Timeout, UkaiError, Unreachable
+from ukai.messages import Header, reported
 
 log = logging.getLogger(__name__)
 
@@ -76,17 +76,10 @@ class Together:
         places = range(len(self.done))
         try:
             if type(told) is list and all(type(at) is int and at in places for at, _ in told):
-                return {at: _error(fields) for at, fields in told}
+                return {at: reported(fields) for at, fields in told}
         except (TypeError, ValueError, AttributeError, KeyError):
             pass
         return dict.fromkeys(places, DiskError("its answer to several writes can't be read"))
-
-
-def _error(header: Header) -> UkaiError:
-    error = from_wire(header["err"], header.get("msg", ""))
-    details = header.get("details")
-    error.details = dict(details) if isinstance(details, dict) else {}
-    return error
 
 
 class Peer:
@@ -249,7 +242,7 @@ class Peer:
         if "err" not in header:
             entry[2](None, header, payload)
             return
-        error = _error(header)
+        error = reported(header)
         if error.code == "stale-session" and self.state == UP:
             entry[2](error, header, None)
             self.fail(f"session refused: {error.message}")

@@ -80,7 +80,12 @@ def _tell(future: asyncio.Future[T], result: T) -> None:
         future.set_result(result)
 
 
-def _write(image: ImageStore, block: int, offset: int, data: Payload, generation: int) -> None:
+def _check_fit(image: ImageStore, block: int, offset: int, length: int) -> None:
+    if offset + length > image.block_bytes(block):
+        raise RemoteProtocolError(f"{length} bytes at {offset} do not fit into block {block}")
+
+
+def _store(image: ImageStore, block: int, offset: int, data: Payload, generation: int) -> None:
     faults.point("replica.write")
     image.write(block, offset, data, generation)
     faults.point("replica.written")
@@ -218,8 +223,7 @@ class Replica:
 
     def _place(self, image: ImageStore, header: Header, length: int) -> tuple[int, int]:
         block, offset = integer(header, "b", 0, image.block_count - 1), integer(header, "o")
-        if offset + length > image.block_bytes(block):
-            raise RemoteProtocolError(f"{length} bytes at {offset} do not fit into block {block}")
+        _check_fit(image, block, offset, length)
         return block, offset
 
     # --- what alters data
@@ -236,7 +240,7 @@ class Replica:
         image, epoch, generation = self._image(header), integer(header, "e"), integer(header, "g", 1)
         block, offset = self._place(image, header, len(payload))
         self._admit(image, epoch)
-        _write(image, block, offset, payload, generation)
+        _store(image, block, offset, payload, generation)
         return {}, None
 
     def _write_together(self, header: Header, payload: Payload | None) -> Answer:
@@ -246,8 +250,7 @@ class Replica:
         image, epoch, data = self._image(header), integer(header, "e"), memoryview(payload)
         pieces, at = [], 0
         for block, offset, generation, length in places(header, "w", image.block_count - 1):
-            if offset + length > image.block_bytes(block):
-                raise RemoteProtocolError(f"{length} bytes at {offset} do not fit into block {block}")
+            _check_fit(image, block, offset, length)
             pieces.append((block, offset, generation, data[at : at + length]))
             at += length
         if at != len(data):
@@ -256,7 +259,7 @@ class Replica:
         failed: list[tuple[int, Header]] = []
         for number, (block, offset, generation, piece) in enumerate(pieces):
             try:
-                _write(image, block, offset, piece, generation)
+                _store(image, block, offset, piece, generation)
             except UkaiError as e:
                 failed.append((number, error_reply(e)))
         return {"failed": failed} if failed else {}, None
