@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ukai.errors import RemoteProtocolError
-from ukai.wire import LARGE_BYTES, Frames
+from ukai.wire import Frames
 from ukai.zmtp import COMMAND, PARTS_AT_ONCE, Data, Decoder, encode, greeting
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Connection:
                 return
         while decoder.pings:
             pong = b"\x04PONG" + decoder.pings.pop(0)
-            self._put([bytes((COMMAND, len(pong))), pong])
+            self._put([bytes((COMMAND, len(pong))) + pong])
         self._handling = False
         if self._answers and self._queue and not self._blocked:
             self._push()
@@ -161,9 +161,8 @@ class Connection:
 
     def _put(self, parts: list[Data]) -> None:
         for part in parts:
-            size = len(part)
-            self._queue.append(part if type(part) is bytes or size >= LARGE_BYTES else bytes(part))
-            self._queue_bytes += size
+            self._queue.append(part)
+            self._queue_bytes += len(part)
         if self._blocked:
             return
         if self._answers:
@@ -191,6 +190,9 @@ class Connection:
                 self._ended()
                 return
             self._queue_bytes -= sent
+            if not self._queue_bytes:
+                queue.clear()
+                break
             for part in parts:
                 if sent < len(part):
                     queue[0] = memoryview(part)[sent:]

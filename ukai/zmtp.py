@@ -28,6 +28,7 @@ PARTS_AT_ONCE = 256
 MORE, LONG, COMMAND = 1, 2, 4
 GREETING_BYTES = 64
 _SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
+_SHORT_HEADS = [[bytes((more, size)) for size in range(256)] for more in (0, MORE)]
 _LONG_HEAD = struct.Struct(">BQ")
 _COMMAND_LIMIT_BYTES = 4096
 
@@ -47,15 +48,17 @@ def greeting(kind: str) -> bytes:
 
 
 def encode(frames: Sequence[Data]) -> list[Data]:
-    """The buffers that are one message on the wire."""
+    """The buffers that are one message on the wire: one; and a last frame of LARGE_BYTES or more, as it is."""
     parts: list[Data] = []
-    left = len(frames)
+    size, left = 0, len(frames)
     for frame in frames:
         left -= 1
         size, more = len(frame), MORE if left else 0
-        parts.append(bytes((more, size)) if size < 256 else _LONG_HEAD.pack(more | LONG, size))
+        parts.append(_SHORT_HEADS[more][size] if size < 256 else _LONG_HEAD.pack(more | LONG, size))
         parts.append(frame)
-    return parts
+    if size < LARGE_BYTES:
+        return [b"".join(parts)]
+    return [b"".join(parts[:-1]), parts[-1]]
 
 
 class Decoder:
@@ -108,12 +111,12 @@ class Decoder:
             if flags & LONG:
                 if end - start < 9:
                     break
-                size, body = int.from_bytes(view[start + 1 : start + 9], "big"), start + 9
+                size, body = int.from_bytes(buffer[start + 1 : start + 9], "big"), start + 9
             else:
                 size, body = buffer[start + 1], start + 2
-            if flags > COMMAND | LONG or flags == COMMAND | MORE:  # a command is one frame
-                raise RemoteProtocolError(f"a frame with flags {flags:#x}")
-            if size > (_COMMAND_LIMIT_BYTES if flags & COMMAND else self._limit_bytes):
+            if flags >= COMMAND:
+                self._check_command(flags, size)
+            elif size > self._limit_bytes:
                 raise RemoteProtocolError(f"a frame of {size} bytes is over the limit")
             if end - body < size:
                 if size >= LARGE_BYTES:
@@ -144,6 +147,12 @@ class Decoder:
             self._frames = []
         elif len(self._frames) == FRAMES_LIMIT:
             self._frames.pop()
+
+    def _check_command(self, flags: int, size: int) -> None:
+        if flags & ~(COMMAND | LONG):  # a command is one frame
+            raise RemoteProtocolError(f"a frame with flags {flags:#x}")
+        if size > _COMMAND_LIMIT_BYTES:
+            raise RemoteProtocolError(f"a command of {size} bytes is over the limit")
 
     def _greet(self) -> bool:
         """Whether the greeting is whole."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
-import itertools
 import logging
 import os
 import platform
@@ -80,7 +79,8 @@ class Aio:
         self._places = (ctypes.c_void_p * SLOTS)(*(first + n * _REQUEST.size for n in range(SLOTS)))
         self._events = ctypes.create_string_buffer(_EVENT.size * SLOTS)
         self._at_once = (ctypes.c_long * 2)(0, 0)
-        self._numbers = itertools.count()
+        self._next = 0
+        """Number of the next request."""
         self._waiting: dict[int, tuple[_Batch, int]] = {}
         """Number of a request → what it belongs to, and its place there."""
         self._loop = asyncio.get_running_loop()
@@ -95,20 +95,18 @@ class Aio:
         count = len(fds)
         if len(self._waiting) + count > SLOTS:
             return False
-        batch = _Batch(count, done)
-        numbers = list(itertools.islice(self._numbers, count))
-        for at, (number, fd) in enumerate(zip(numbers, fds, strict=True)):
-            place = at * _REQUEST.size
-            _REQUEST.pack_into(self._requests, place, number, 0, 0, _FDSYNC, 0, fd, 0, 0, 0, 0, _RESFD, self._bell)
-            self._waiting[number] = batch, at
-        begun = max(0, _call(self._submit, self._context, ctypes.c_long(count), self._places))
-        for number in numbers[begun:]:
-            del self._waiting[number]
-        if not begun:
-            return False
-        for at in range(begun, count):  # the kernel took some of them only: it has no memory
-            batch.ended(at, outcome(os.fdatasync, fds[at]))
-        return True
+        batch, first = _Batch(count, done), self._next
+        self._next += count
+        for at, fd in enumerate(fds):
+            request = first + at, 0, 0, _FDSYNC, 0, fd, 0, 0, 0, 0, _RESFD, self._bell
+            _REQUEST.pack_into(self._requests, at * _REQUEST.size, *request)
+            self._waiting[first + at] = batch, at
+        begun: int = max(0, _call(self._submit, self._context, ctypes.c_long(count), self._places))
+        for at in range(begun, count):
+            del self._waiting[first + at]
+            if begun:  # the kernel took some of them only: it has no memory
+                batch.ended(at, outcome(os.fdatasync, fds[at]))
+        return begun > 0
 
     def _rung(self) -> None:
         try:

@@ -15,7 +15,7 @@ from time import monotonic
 
 from ukai import sockets
 from ukai.polling import Patience
-from ukai.wire import LARGE_BYTES, Frames
+from ukai.wire import Frames
 from ukai.zmtp import PARTS_AT_ONCE, Data, Decoder, encode, greeting
 
 _send = ctypes.PyDLL(None).send
@@ -55,8 +55,8 @@ class Line:
     def send(self, frames: Sequence[Data]) -> None:
         """Raises TimeoutError, and send_rest() goes on; ConnectionError when the connection has ended."""
         parts = encode(frames)
-        if not self._unsent and len(frames[-1]) < LARGE_BYTES:
-            message = b"".join(parts)
+        if not self._unsent and len(parts) == 1:
+            (message,) = parts
             # The call keeps the interpreter: to give it away and to get it back would cost more than the call.
             sent = _send(self._fd, message, len(message), _AT_ONCE)
             if sent == len(message):
