@@ -335,9 +335,10 @@ def test_a_peer_that_does_not_read_is_sent_no_more_than_the_limit(
 
 def test_a_dealer_connects_anew_and_queues_nothing_meanwhile(endpoint: str) -> None:
     got: list[bytes] = []
+    ends: list[bytes] = []
 
     async def story() -> None:
-        dealer = Dealer(endpoint, LIMIT_BYTES, lambda frames: None, no_garbage)
+        dealer = Dealer(endpoint, LIMIT_BYTES, lambda frames: None, no_garbage, lambda: ends.append(got[-1]))
         assert not dealer.send([b"nobody is there"])
         for life in (b"one", b"two"):
             router = Router(endpoint, LIMIT_BYTES, lambda frames: got.append(bytes(frames[1])), no_garbage)
@@ -345,6 +346,7 @@ def test_a_dealer_connects_anew_and_queues_nothing_meanwhile(endpoint: str) -> N
             await until(lambda life=life: got[-1:] == [life])  # type: ignore[misc]
             router.close()
             await until(lambda: not dealer.send([b"lost"]))
+            await until(lambda life=life: ends[-1:] == [life])  # type: ignore[misc]
         assert b"nobody is there" not in got
         dealer.close()
 

@@ -294,10 +294,16 @@ class Dealer:
     """A DEALER to one peer, connected anew when the connection ends.  Nothing is queued for a peer that isn't there."""
 
     def __init__(
-        self, endpoint: str, limit_bytes: int, on_message: Callable[[Frames], None], on_garbage: Garbage
+        self,
+        endpoint: str,
+        limit_bytes: int,
+        on_message: Callable[[Frames], None],
+        on_garbage: Garbage,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
+        """``on_end`` hears each time that a connection has ended: what had no answer gets none any more."""
         self._endpoint, self._limit_bytes = endpoint, limit_bytes
-        self._on_message, self._on_garbage = on_message, on_garbage
+        self._on_message, self._on_garbage, self._on_end = on_message, on_garbage, on_end
         self._connection: Connection | None = None
         self._task = asyncio.get_running_loop().create_task(self._keep(), name=f"connection to {endpoint}")
 
@@ -325,6 +331,7 @@ class Dealer:
             raise
         self._connection = Connection(sock, "DEALER", self._limit_bytes, self._on_message, ended.set, self._on_garbage)
         await ended.wait()
+        self._on_end()
         return self._connection.greeted
 
     def send(self, frames: Sequence[Data]) -> bool:

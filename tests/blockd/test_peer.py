@@ -54,8 +54,8 @@ def run(story: Coroutine[Any, Any, None]) -> None:
 class Wire:
     """One connection as the transport has it; the test plays the replica behind it."""
 
-    def __init__(self, net: Net, received: Callable[[Header, Payload | None], None]) -> None:
-        self.net, self._received = net, received
+    def __init__(self, net: Net, received: Callable[[Header, Payload | None], None], lost: Callable[[], None]) -> None:
+        self.net, self._received, self.lost = net, received, lost
         self.sent: list[Header] = []
         self.payloads: list[Payload | None] = []
         """Of each of these."""
@@ -113,9 +113,9 @@ class Net:
             wall=lambda: self.wall_s,
         )
 
-    def connect(self, node: str, received: Callable[[Header, Payload | None], None]) -> Wire:
+    def connect(self, node: str, received: Callable[[Header, Payload | None], None], lost: Callable[[], None]) -> Wire:
         assert node == NODE
-        self.wires.append(Wire(self, received))
+        self.wires.append(Wire(self, received, lost))
         return self.wires[-1]
 
     def answers(self, wire: Wire, header: Header) -> Header | None:
@@ -284,6 +284,34 @@ def test_the_end_of_a_session_fails_all_in_flight_at_once_and_what_asks_meanwhil
             with pytest.raises(Unreachable, match="cut"):
                 await ask
         assert net.peer.reason == "cut"
+
+    with_net(story)
+
+
+def test_what_is_under_way_fails_as_soon_as_its_connection_has_ended() -> None:
+    async def story(net: Net) -> None:
+        old = await net.up()
+        outcome, kept = Outcome(), Outcome()
+        net.peer.numbered({"op": "w"}, b"x", outcome)
+        old.lost()
+        assert outcome.code == "unreachable"
+        assert (net.peer.up, net.peer.reason) == (False, "the connection was lost")
+        await net.until(lambda: net.peer.up)
+        net.peer.numbered({"op": "w"}, b"y", kept)
+        old.lost()
+        assert net.peer.up, "another connection than the one of this session has ended"
+        assert not kept.got
+
+    with_net(story)
+
+
+def test_a_connection_that_ends_before_it_was_greeted_on_is_tried_again() -> None:
+    async def story(net: Net) -> None:
+        net.hello = lambda: None
+        await net.until(lambda: bool(net.wires) and bool(net.wire.of("hello")))
+        net.wire.lost()
+        net.hello = lambda: {"token": 5, "registered_seq": 7}
+        await net.until(lambda: net.peer.up)
 
     with_net(story)
 

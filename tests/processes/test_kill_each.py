@@ -57,6 +57,28 @@ def test_killed_under_load(make_cluster: MakeCluster, tmp_path: Path, node: int,
     writer.check()
 
 
+def test_a_replica_that_is_killed_is_not_waited_for(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    """The end of its connection tells; the next ping and replica_timeout are far away here."""
+    settings = {"replica_timeout": 40, "beat_interval": 10, "lease": 20, "io_timeout": 60}
+    cluster = make_cluster(nodes=2, settings=settings)
+    with Recorder(create(cluster), tmp_path / "log", count=8) as writer:
+        writer.wait_pass()
+        cluster.stop(2, "blockd")
+        counts = [-1]
+
+        def stands() -> bool:
+            counts.append(writer.written)
+            return counts[-1] == counts[-2]
+
+        wait_for(stands, "a write that waits for the replica", 20)
+        cluster.kill(2, "blockd")
+        killed = time.monotonic()
+        writer.wait_written(8)
+        assert time.monotonic() - killed < 4
+        writer.end()
+        writer.check()
+
+
 @pytest.mark.expect_log(LOST)
 def test_frontend_killed_under_load(make_cluster: MakeCluster, tmp_path: Path) -> None:
     """The guest's disk is gone with its frontend (ENOTCONN); what was acknowledged is there after the new start."""

@@ -127,11 +127,19 @@ class Transport:
     """What blockd's ``connect`` gives: a connection to the blockd of another node."""
 
     def __init__(
-        self, world: World, own: str, node: str, client: Process, received: Callable[[Header, Any], None]
+        self,
+        world: World,
+        own: str,
+        node: str,
+        client: Process,
+        received: Callable[[Header, Any], None],
+        lost: Callable[[], None],
     ) -> None:
         self.world, self.own, self.node, self.client, self.received = world, own, node, client, received
+        self.lost = lost
         self.connection = Connection(world.net, client, own, node)
         self.closed = False
+        world.transports.append(self)
 
     def send(self, header: Header, payload: Any) -> bool:
         if self.closed:
@@ -166,6 +174,16 @@ class Transport:
     def _answered(self, frame: bytes, payload: bytes | None) -> None:
         if not self.closed:
             self.received(unpackb(frame), payload)
+
+    def server_died(self) -> None:
+        """Its system ends the connection, after what it had sent; nobody hears of it where the network is cut."""
+        if self.connection.open:
+            self.world.net.pass_on(self.connection, False, self.client, self._ended, b"", None)
+
+    def _ended(self, _frame: bytes, _payload: bytes | None) -> None:
+        if not self.closed:
+            self.connection.open = False
+            self.lost()
 
     def close(self) -> None:
         self.closed = True
@@ -231,7 +249,7 @@ class Blockd:
         self.mirror = Mirror(self.store.highest_seq, self.store.cluster_id, self.store.maker)
         ports = BlockPorts(
             metad=self._metad,
-            connect=lambda node, received: Transport(world, self.node, node, self.process, received),
+            connect=lambda node, *hear: Transport(world, self.node, node, self.process, *hear),
             run_disk=self._run_disk,
             sync=lambda _fds, _done: False,
             wall=lambda: 1e9 + asyncio.get_running_loop().time(),
@@ -479,6 +497,7 @@ class World:
         """Whether frontends read lent block files."""
         self.metad: Metad | None = None
         self.dead: list[Process] = []
+        self.transports: list[Transport] = []
         self.trace: list[str] = []
         self.violations: list[str] = []
         self.on_violation: Callable[[], None] = lambda: None
@@ -549,6 +568,10 @@ class World:
             self.note(f"{'power off' if power else 'kill'} {node}")
             kill(server.process)
             self.dead.append(server.process)
+            self.transports = [t for t in self.transports if t.client.alive and not t.closed]
+            for transport in self.transports:
+                if transport.node == node and not power:
+                    transport.server_died()
             for future in server.asked:
                 asyncio.get_running_loop().call_later(DEATH_SEEN_S, _broken, future, context=NOBODY)
             if power:

@@ -46,7 +46,8 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-Connect = Callable[[str, Callable[[Header, Payload | None], None]], Transport]
+Connect = Callable[[str, Callable[[Header, Payload | None], None], Callable[[], None]], Transport]
+"""To a node; the first function hears each answer, the second that the connection has ended, where that is noticed."""
 
 
 class Together:
@@ -286,7 +287,11 @@ class Peer:
             if self._transport is transport:
                 self._received(header, payload)
 
-        self._transport = transport = self._connect(self.node, received)
+        def lost() -> None:
+            if self._transport is transport:
+                self.fail("the connection was lost")
+
+        self._transport = transport = self._connect(self.node, received, lost)
 
     async def _greet(self) -> None:
         self._open()

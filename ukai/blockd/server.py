@@ -107,10 +107,11 @@ class PeerTransport:
         endpoint: str,
         limit_bytes: int,
         received: Callable[[Header, Payload | None], None],
+        lost: Callable[[], None],
         garbage: Garbage,
     ) -> None:
         self._received, self._garbage = received, garbage
-        self._dealer = Dealer(endpoint, limit_bytes, self._frames, garbage)
+        self._dealer = Dealer(endpoint, limit_bytes, self._frames, garbage, lost)
 
     def _frames(self, frames: Frames) -> None:
         try:
@@ -221,9 +222,11 @@ class BlockServer:
         self.store.close()
         return True
 
-    def _connect(self, node: str, received: Callable[[Header, Payload | None], None]) -> PeerTransport:
+    def _connect(
+        self, node: str, received: Callable[[Header, Payload | None], None], lost: Callable[[], None]
+    ) -> PeerTransport:
         endpoint = self._config.proxy_endpoint(node)
-        return PeerTransport(endpoint, self._config.message_limit, received, self._garbage)
+        return PeerTransport(endpoint, self._config.message_limit, received, lost, self._garbage)
 
     def _run_disk(self, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         """What is on its way to a thread runs to its end, whoever waits, and closes the descriptors it was lent.
