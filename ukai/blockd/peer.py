@@ -34,6 +34,9 @@ BUSY_REQUESTS = 4000
 LEISURE_S, LEISURE_BYTES, LEISURE_WRITES = 0.002, 128 * 2**10, 128
 """So long, and until so much is there, a write that nobody waits for waits for others to go with it."""
 
+GREET_AGAIN_S = 0.02
+"""What is written while a node is not greeted yet goes on without it."""
+
 TIMER_SLACK_S = 0.001
 """A loop may wake this much before the time asked for."""
 
@@ -298,17 +301,20 @@ class Peer:
         self.state = GREETING
         hello = {"op": "hello", "node": self._own, "inc": self._inc, "try": next(self._attempts)}
         deadline = self._loop.time() + self._timeout_s
+        late: UkaiError = Timeout(f"no answer within {self._timeout_s:g} s")
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
                     reply, _ = await self._ask(hello, None, False)
                 break
             except TimeoutError:
-                raise Timeout(f"no answer within {self._timeout_s:g} s") from None
+                raise late from None
             except Unreachable as e:
                 if self._loop.time() >= deadline or isinstance(e, Timeout):
                     raise Unreachable("no connection") from None
-                await asyncio.sleep(0.02)  # a DEALER does not tell when it is connected
+            except NotReady as e:  # it has just been started
+                late = e
+            await asyncio.sleep(GREET_AGAIN_S)  # neither tells when it is so far
         token, seq = reply.get("token"), reply.get("registered_seq")
         if type(token) is not int or type(seq) is not int:
             raise NotReady("answered hello without a token")
