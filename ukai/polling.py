@@ -35,12 +35,19 @@ _SHORT, _LONG, _IN_VAIN = 1, -1, -3
 class Patience:
     """Whether it pays to look for what is waited for, by what earlier waits were like."""
 
-    __slots__ = ("_score", "limit_s")
+    __slots__ = ("_limit_s", "_score", "at_disks")
 
     def __init__(self, limit_us: float) -> None:
         """``limit_us``: so long is looked for something; 0: never."""
-        self.limit_s = limit_us / 1e6
+        self._limit_s = limit_us / 1e6
         self._score = 0
+        self.at_disks = 0
+        """How much the disks have been asked for and have not done."""
+
+    @property
+    def limit_s(self) -> float:
+        """So long is looked for something now."""
+        return self._limit_s * DISK_TIMES if self.at_disks else self._limit_s
 
     @property
     def pays(self) -> bool:
@@ -74,12 +81,9 @@ class Patience:
 class BusySelector(selectors.EpollSelector):
     """For a loop that answers requests of others."""
 
-    def __init__(self, patience: Patience, patience_stored: Patience) -> None:
-        """``patience_stored``: of waits while a disk is at work, which are as short for a guest with few requests."""
+    def __init__(self, patience: Patience) -> None:
         super().__init__()
-        self.at_disks = 0
-        """How much the disks have been asked for and have not done."""
-        self._patience, self._patience_stored = patience, patience_stored
+        self._patience = patience
         self._epoll: select.epoll = vars(self)["_selector"]  # the base class's own, as are its keys
         self._keys: dict[int, selectors.SelectorKey] = vars(self)["_fd_to_key"]
         self._look = functools.partial(self._epoll.poll, 0, EVENTS_AT_ONCE)
@@ -101,7 +105,7 @@ class BusySelector(selectors.EpollSelector):
         return ready
 
     def _wait(self, timeout: float | None) -> list[tuple[int, int]]:
-        patience = self._patience_stored if self.at_disks else self._patience
+        patience = self._patience
         began = monotonic()
         looked = patience.pays
         found = patience.look(self._look, patience.limit_s if timeout is None else timeout) if looked else None
@@ -118,5 +122,5 @@ class BusyLoop(asyncio.SelectorEventLoop):
     """A loop that looks before it sleeps."""
 
     def __init__(self, limit_us: float) -> None:
-        self.selector = BusySelector(Patience(limit_us), Patience(DISK_TIMES * limit_us))
-        super().__init__(self.selector)
+        self.patience = Patience(limit_us)
+        super().__init__(BusySelector(self.patience))

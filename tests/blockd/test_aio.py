@@ -80,11 +80,11 @@ def test_the_loop_knows_how_much_the_disks_have_to_do(files: list[int]) -> None:
 
             assert aio.fdatasync(files[:2], again)
             assert aio.fdatasync(files[2:3], lambda _: None)
-            seen.append(loop.selector.at_disks)
+            seen.append(loop.patience.at_disks)
             async with asyncio.timeout(DEADLINE_S):
                 assert await first == [0, 0]
                 assert await second == [0]
-            seen.append(loop.selector.at_disks)
+            seen.append(loop.patience.at_disks)
         finally:
             aio.close()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import selectors
 import time
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from ukai import polling
-from ukai.polling import DISK_TIMES, LATE_S, BusyLoop, BusySelector, Patience
+from ukai.polling import DISK_TIMES, LATE_S, BusySelector, Patience
 
 LIMIT_US = 300
 LIMIT_S = LIMIT_US / 1e6
@@ -100,6 +98,17 @@ def test_nothing_is_looked_for_longer_than_the_limits(clock: Clock, limit_s: flo
     assert 0 <= clock.now - min(limit_s, LIMIT_S) <= 1.01 * clock.yield_s
 
 
+def test_it_looks_longer_while_a_disk_is_at_work(clock: Clock) -> None:
+    patience = eager()
+    patience.at_disks = 2
+    assert patience.look(lambda: None, LIMIT_S * 100) is None
+    assert 0 <= clock.now - DISK_TIMES * LIMIT_S <= 1.01 * clock.yield_s
+    for _ in range(10):
+        patience.waited(LIMIT_S * (DISK_TIMES - 0.5), True)
+    assert patience.pays, "not in vain: a guest waits for it"
+    assert turns(patience, LIMIT_S * (DISK_TIMES + 0.5), True) == 2, "a slow disk is not waited for so"
+
+
 def test_who_is_given_the_core_back_late_sleeps_for_a_while(clock: Clock) -> None:
     patience = eager()
     clock.yield_s = LATE_S * 1.1
@@ -121,8 +130,8 @@ def pipe() -> Iterator[tuple[int, int]]:
         os.close(end)
 
 
-def watching(patience: Patience, fd: int, patience_stored: Patience | None = None) -> BusySelector:
-    selector = BusySelector(patience, patience_stored or Patience(0))
+def watching(patience: Patience, fd: int) -> BusySelector:
+    selector = BusySelector(patience)
     selector.register(fd, selectors.EVENT_READ)
     return selector
 
@@ -136,7 +145,7 @@ def test_a_loop_sees_what_comes_while_it_looks(pipe: tuple[int, int], monkeypatc
 
 def test_a_loop_hears_what_it_has_asked_for(pipe: tuple[int, int]) -> None:
     """As the base class tells it, with the end of a connection too."""
-    with BusySelector(Patience(0), Patience(0)) as busy, selectors.EpollSelector() as plain:
+    with BusySelector(Patience(0)) as busy, selectors.EpollSelector() as plain:
         for fd, wanted in zip(pipe, (selectors.EVENT_READ, selectors.EVENT_WRITE), strict=True):
             for selector in (busy, plain):
                 selector.register(fd, wanted, "data")
@@ -149,29 +158,6 @@ def test_a_loop_hears_what_it_has_asked_for(pipe: tuple[int, int]) -> None:
             selector.unregister(pipe[1])
             selector.modify(pipe[0], selectors.EVENT_WRITE)
         assert busy.select(0) == plain.select(0) == []
-
-
-@pytest.mark.parametrize("at_disks", [0, 2])
-def test_waits_for_a_disk_are_learnt_of_apart(pipe: tuple[int, int], clock: Clock, at_disks: int) -> None:
-    """What comes as they begin is no wait: the writer of the pipe has to be looked for."""
-    idle, stored = Patience(LIMIT_US), Patience(DISK_TIMES * LIMIT_US)
-    with watching(idle, pipe[0], stored) as selector:
-        selector.at_disks = at_disks
-        os.write(pipe[1], b"x")
-        selector._look = functools.partial(list)  # it comes a moment later
-        assert len(selector.select(10)) == 1
-    assert (idle.pays, stored.pays) == ((False, True) if at_disks else (True, False))
-
-
-def test_a_busy_loop_looks_longer_for_a_disk(clock: Clock) -> None:
-    with contextlib.closing(BusyLoop(LIMIT_US)) as loop:
-        for at_disks, times in ((0, 1), (1, DISK_TIMES)):
-            loop.selector.at_disks = at_disks
-            for patience in (loop.selector._patience, loop.selector._patience_stored):
-                patience.waited(0, False)
-            clock.now = 0.0
-            assert loop.selector.select(LIMIT_S * 100) == []
-            assert 0 <= clock.now - times * LIMIT_S <= 1.01 * clock.yield_s
 
 
 def test_a_loop_that_does_not_look_sleeps(pipe: tuple[int, int], clock: Clock) -> None:

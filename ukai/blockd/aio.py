@@ -15,7 +15,7 @@ import platform
 import struct
 from collections.abc import Callable, Sequence
 
-from ukai.polling import BusyLoop
+from ukai.polling import BusyLoop, Patience
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Aio:
         self._waiting: dict[int, tuple[_Batch, int]] = {}
         """Number of a request → what it belongs to, and its place there."""
         self._loop = loop = asyncio.get_running_loop()
-        self._looker = loop.selector if isinstance(loop, BusyLoop) else None
+        self._patience = loop.patience if isinstance(loop, BusyLoop) else Patience(0)
         loop.add_reader(self._bell, self._rung)
 
     def fdatasync(self, fds: Sequence[int], done: Synced) -> bool:
@@ -109,7 +109,7 @@ class Aio:
             del self._waiting[first + at]
             if begun:  # the kernel took some of them only: it has no memory
                 batch.ended(at, outcome(os.fdatasync, fds[at]))
-        self._tell()
+        self._patience.at_disks = len(self._waiting)
         return begun > 0
 
     def _rung(self) -> None:
@@ -125,11 +125,7 @@ class Aio:
                 batch.ended(place, -result)
             except Exception:  # the others must hear of theirs all the same
                 log.exception("defect after an fdatasync")
-        self._tell()
-
-    def _tell(self) -> None:
-        if self._looker is not None:
-            self._looker.at_disks = len(self._waiting)
+        self._patience.at_disks = len(self._waiting)
 
     def close(self) -> None:
         """What was begun is done first."""
