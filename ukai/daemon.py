@@ -23,7 +23,7 @@ from ukai import __version__, fault_dir
 from ukai.config import Config, load
 from ukai.errors import UkaiError
 from ukai.node import own_address
-from ukai.polling import BusyLoop
+from ukai.polling import BusySelector, Patience
 from ukai.telemetry import Telemetry, log_to_stderr
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def main(
             return code
         be_io_flusher()
         keep_memory()
-        loop_factory = functools.partial(BusyLoop, config.busy_poll_us) if busy_poll and config.busy_poll_us else None
+        loop_factory = functools.partial(_busy_loop, config.busy_poll_us) if busy_poll and config.busy_poll_us else None
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             return runner.run(_serve(process, factory, config, node))
     except UkaiError as e:
@@ -108,6 +108,10 @@ def main(
     except zmq.ZMQError as e:
         print(f"ukai-{process}: cannot open a socket: {e}; is another one running on this node?", file=sys.stderr)
         return 1
+
+
+def _busy_loop(limit_us: float) -> asyncio.AbstractEventLoop:
+    return asyncio.SelectorEventLoop(BusySelector(Patience(limit_us)))
 
 
 async def _serve(process: str, factory: Factory, config: Config, node: str) -> int:

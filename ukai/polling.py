@@ -2,13 +2,12 @@
 
 To wake a process that sleeps costs more than all that is computed for a small request, most of all on a virtual
 machine, where an idle core has to be woken through the host.  So who was woken soon several times running looks for
-what it waits for, for up to ``busy_poll_us``, before it sleeps; longer while a disk is at work, which will be done, and
-whose end a guest waits for.  It sleeps at once where waits are long, and where somebody else needs the core.
+what it waits for, for up to ``busy_poll_us``, before it sleeps.  It sleeps at once where waits are long, and where
+somebody else needs the core.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 import select
@@ -22,9 +21,6 @@ T = TypeVar("T")
 LATE_S = 0.0002
 """A look that takes longer gave the core, or the interpreter, to somebody else."""
 
-DISK_TIMES = 3
-"""So many times as long it is looked for something while a disk is at work."""
-
 EVENTS_AT_ONCE = 64
 """The others come in the next turn."""
 
@@ -35,19 +31,12 @@ _SHORT, _LONG, _IN_VAIN = 1, -1, -3
 class Patience:
     """Whether it pays to look for what is waited for, by what earlier waits were like."""
 
-    __slots__ = ("_limit_s", "_score", "at_disks")
+    __slots__ = ("_score", "limit_s")
 
     def __init__(self, limit_us: float) -> None:
         """``limit_us``: so long is looked for something; 0: never."""
-        self._limit_s = limit_us / 1e6
+        self.limit_s = limit_us / 1e6
         self._score = 0
-        self.at_disks = 0
-        """How much the disks have been asked for and have not done."""
-
-    @property
-    def limit_s(self) -> float:
-        """So long is looked for something now."""
-        return self._limit_s * DISK_TIMES if self.at_disks else self._limit_s
 
     @property
     def pays(self) -> bool:
@@ -116,11 +105,3 @@ class BusySelector(selectors.EpollSelector):
         if found or seconds >= patience.limit_s:
             patience.waited(seconds, looked)
         return found
-
-
-class BusyLoop(asyncio.SelectorEventLoop):
-    """A loop that looks before it sleeps."""
-
-    def __init__(self, limit_us: float) -> None:
-        self.patience = Patience(limit_us)
-        super().__init__(BusySelector(self.patience))

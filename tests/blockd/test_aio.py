@@ -13,7 +13,6 @@ import pytest
 
 from tests.blockd.files import descriptors
 from ukai.blockd.aio import SLOTS, Aio
-from ukai.polling import BusyLoop
 
 DEADLINE_S = 10
 
@@ -63,34 +62,6 @@ def test_what_finds_no_room_is_not_begun(files: list[int]) -> None:
         assert not aio.fdatasync(files[:1], never)
 
     assert with_aio(work) == [0] * SLOTS
-
-
-def test_the_loop_knows_how_much_the_disks_have_to_do(files: list[int]) -> None:
-    loop = BusyLoop(100)
-    seen: list[int] = []
-
-    async def run() -> None:
-        aio = Aio()
-        try:
-            first, second = loop.create_future(), loop.create_future()
-
-            def again(numbers: list[int]) -> None:
-                first.set_result(numbers)
-                assert aio.fdatasync(files[3:4], second.set_result)
-
-            assert aio.fdatasync(files[:2], again)
-            assert aio.fdatasync(files[2:3], lambda _: None)
-            seen.append(loop.patience.at_disks)
-            async with asyncio.timeout(DEADLINE_S):
-                assert await first == [0, 0]
-                assert await second == [0]
-            seen.append(loop.patience.at_disks)
-        finally:
-            aio.close()
-
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        runner.run(run())
-    assert seen == [3, 0]
 
 
 def test_room_is_given_back(files: list[int]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from ukai import polling
-from ukai.polling import DISK_TIMES, LATE_S, BusySelector, Patience
+from ukai.polling import LATE_S, BusySelector, Patience
 
 LIMIT_US = 300
 LIMIT_S = LIMIT_US / 1e6
@@ -96,17 +96,6 @@ def test_what_is_looked_for_is_found(clock: Clock) -> None:
 def test_nothing_is_looked_for_longer_than_the_limits(clock: Clock, limit_s: float) -> None:
     assert eager().look(lambda: None, limit_s) is None
     assert 0 <= clock.now - min(limit_s, LIMIT_S) <= 1.01 * clock.yield_s
-
-
-def test_it_looks_longer_while_a_disk_is_at_work(clock: Clock) -> None:
-    patience = eager()
-    patience.at_disks = 2
-    assert patience.look(lambda: None, LIMIT_S * 100) is None
-    assert 0 <= clock.now - DISK_TIMES * LIMIT_S <= 1.01 * clock.yield_s
-    for _ in range(10):
-        patience.waited(LIMIT_S * (DISK_TIMES - 0.5), True)
-    assert patience.pays, "not in vain: a guest waits for it"
-    assert turns(patience, LIMIT_S * (DISK_TIMES + 0.5), True) == 2, "a slow disk is not waited for so"
 
 
 def test_who_is_given_the_core_back_late_sleeps_for_a_while(clock: Clock) -> None:

@@ -15,8 +15,6 @@ import platform
 import struct
 from collections.abc import Callable, Sequence
 
-from ukai.polling import BusyLoop, Patience
-
 log = logging.getLogger(__name__)
 
 Synced = Callable[[list[int]], None]
@@ -85,9 +83,8 @@ class Aio:
         """Number of the next request."""
         self._waiting: dict[int, tuple[_Batch, int]] = {}
         """Number of a request → what it belongs to, and its place there."""
-        self._loop = loop = asyncio.get_running_loop()
-        self._patience = loop.patience if isinstance(loop, BusyLoop) else Patience(0)
-        loop.add_reader(self._bell, self._rung)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._bell, self._rung)
 
     def fdatasync(self, fds: Sequence[int], done: Synced) -> bool:
         """Begin one for each of some descriptors; false: not here, nothing has been begun.
@@ -109,7 +106,6 @@ class Aio:
             del self._waiting[first + at]
             if begun:  # the kernel took some of them only: it has no memory
                 batch.ended(at, outcome(os.fdatasync, fds[at]))
-        self._patience.at_disks = len(self._waiting)
         return begun > 0
 
     def _rung(self) -> None:
@@ -125,7 +121,6 @@ class Aio:
                 batch.ended(place, -result)
             except Exception:  # the others must hear of theirs all the same
                 log.exception("defect after an fdatasync")
-        self._patience.at_disks = len(self._waiting)
 
     def close(self) -> None:
         """What was begun is done first."""
