@@ -25,6 +25,8 @@ Done = Callable[[UkaiError | None, Header, Payload | None], None]
 
 DOWN, GREETING, UP = "down", "greeting", "up"
 
+LOST = "the connection was lost"
+
 SLOW_OPS = frozenset({"f", "ws", "d", "g", "h", "k", "cr", "usage"})
 """What may take long on a busy disk while the process lives; the ping between tells that it does."""
 
@@ -153,7 +155,7 @@ class Peer:
         self._number += 1
         if self._send(header, payload, done):
             return True
-        self.fail("the connection was lost")
+        self.fail(LOST)
         return False
 
     def write_at_leisure(
@@ -292,7 +294,8 @@ class Peer:
 
         def lost() -> None:
             if self._transport is transport:
-                self.fail("the connection was lost")
+                self.fail(LOST)
+                self._unanswered(LOST)  # a hello
 
         self._transport = transport = self._connect(self.node, received, lost)
 
@@ -340,7 +343,7 @@ class Peer:
                         self._on_stale(uuid, epoch)
 
         if not self._send({"op": "ping", "t": self._token, "roles": self._roles()}, None, done):
-            self.fail("the connection was lost")
+            self.fail(LOST)
 
     def _look(self) -> None:
         """End the session when a request waits for too long."""
@@ -363,6 +366,10 @@ class Peer:
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+        self._unanswered(reason)
+
+    def _unanswered(self, reason: str) -> None:
+        """All that waits for an answer hears that none will come."""
         waiting, self._waiting = self._waiting, {}
         self.inflight_bytes = 0
         all_done = [done for _, _, done in waiting.values()]
