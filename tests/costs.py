@@ -9,7 +9,7 @@ from typing import Any
 from ukai.blockd.marks import INTERRUPTED
 from ukai.ranges import join
 
-RESTART = ("session", "before blockd was started", "not registered at metad yet", "the connection was lost")
+RESTART = ("session", "before blockd was started", "the connection was lost")
 """What a later restart costs or tells again: no event of the fault."""
 OWN = "store.json can't be written"
 """The line of a fault that costs no replica."""

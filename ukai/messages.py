@@ -24,7 +24,7 @@ REPLY_LIMIT_BYTES = 512 * 2**20
 Header: TypeAlias = dict[str, Any]
 Ranges: TypeAlias = list[tuple[int, int]]
 
-_packb, _unpackb = msgpack.Packer(autoreset=True).pack, msgpack.unpackb
+_packb = msgpack.Packer(autoreset=True).pack
 
 
 def pack(header: Header) -> bytes:
@@ -40,12 +40,11 @@ def unpack(frame: bytes | memoryview, limit: int = HEADER_LIMIT_BYTES) -> Header
     Raises RemoteProtocolError for anything that is not a map with text keys within the limits, VersionError
     for a version that is not ours.
     """
-    size = len(frame)
-    if size > limit:
-        raise RemoteProtocolError(f"header of {size} bytes is over the limit of {limit}")
-    elements = size if size <= COLLECTION_LIMIT else min(size, max(COLLECTION_LIMIT, limit // 8))
+    if len(frame) > limit:
+        raise RemoteProtocolError(f"header of {len(frame)} bytes is over the limit of {limit}")
+    elements = min(len(frame), max(COLLECTION_LIMIT, limit // 8))
     try:
-        header = _unpackb(frame, max_array_len=elements, max_map_len=elements, max_ext_len=0)
+        header = msgpack.unpackb(frame, max_array_len=elements, max_map_len=elements, max_ext_len=0)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError, OverflowError, MemoryError) as e:
         raise RemoteProtocolError(f"header is not valid msgpack: {type(e).__name__}") from None
     if type(header) is not dict or not set(map(type, header)) <= {str}:

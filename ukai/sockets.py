@@ -190,9 +190,6 @@ class Connection:
                 self._ended()
                 return
             self._queue_bytes -= sent
-            if not self._queue_bytes:
-                queue.clear()
-                break
             for part in parts:
                 if sent < len(part):
                     queue[0] = memoryview(part)[sent:]

@@ -28,7 +28,6 @@ PARTS_AT_ONCE = 256
 MORE, LONG, COMMAND = 1, 2, 4
 GREETING_BYTES = 64
 _SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
-_SHORT_HEADS = [[bytes((more, size)) for size in range(256)] for more in (0, MORE)]
 _LONG_HEAD = struct.Struct(">BQ")
 _COMMAND_LIMIT_BYTES = 4096
 
@@ -54,7 +53,7 @@ def encode(frames: Sequence[Data]) -> list[Data]:
     for frame in frames:
         left -= 1
         size, more = len(frame), MORE if left else 0
-        parts.append(_SHORT_HEADS[more][size] if size < 256 else _LONG_HEAD.pack(more | LONG, size))
+        parts.append(bytes((more, size)) if size < 256 else _LONG_HEAD.pack(more | LONG, size))
         parts.append(frame)
     if size < LARGE_BYTES:
         return [b"".join(parts)]

@@ -232,7 +232,7 @@ def live(victim: int, kind: str, nth: int) -> Outcome:
     )  # fmt: skip
 
 
-@pytest.mark.expect_log(r"session|not registered at metad yet|the connection was lost")
+@pytest.mark.expect_log(r"session|the connection was lost")
 def test_a_life_without_a_fault() -> None:
     for victim in range(len(NODES)):
         found = live(victim, "EIO", 0)
