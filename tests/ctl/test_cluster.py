@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,12 +26,16 @@ BLOCK_0 = f"{0:016d}"
 
 
 def disk_file(path: Path, size_bytes: int, data_bytes: int, image_format: str) -> Path:
-    """A disk image of holes, with random data at 3 MiB."""
+    """A disk image of holes, and from 3 MiB on random data, which repeats every 8 MiB."""
     raw = path.with_suffix(".made")
+    data = os.urandom(8 * MIB)
     with raw.open("wb") as file:
         file.truncate(size_bytes)
         file.seek(3 * MIB)
-        file.write(os.urandom(data_bytes))
+        for left_bytes in range(data_bytes, 0, -len(data)):
+            file.write(data[:left_bytes])
+    if image_format == "raw":
+        return raw.rename(path)
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", image_format, str(raw), str(path)], check=True)
     raw.unlink()
     return path
@@ -61,6 +66,16 @@ def test_a_disk_goes_in_and_comes_out(make_cluster: MakeCluster, binding: str, t
     assert "has only" in larger.stderr
 
 
+def writers(pid: int, path: Path) -> list[psutil.Process]:
+    """The child processes that have the file open: the qemu-img that copies, not the one that looks at the source."""
+    found = []
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if str(path) in (file.path for file in child.open_files()):
+                found.append(child)
+    return found
+
+
 @pytest.mark.fuse
 def test_an_ended_import_leaves_no_image(make_cluster: MakeCluster, tmp_path: Path) -> None:
     """Nor qemu-img, nor a block file."""
@@ -69,13 +84,12 @@ def test_an_ended_import_leaves_no_image(make_cluster: MakeCluster, tmp_path: Pa
     source = disk_file(tmp_path / "source.raw", 2048 * MIB, 1024 * MIB, "raw")
     command = [program("ukai-ctl"), "image", "import", "disk", str(source), "--location", one, "--location", two]
     with subprocess.Popen(command, env=cluster.environment(1), stderr=subprocess.PIPE, text=True) as ctl:
-        wait_for(lambda: psutil.Process(ctl.pid).children(), "qemu-img running", 20, cluster.tails)
-        children = psutil.Process(ctl.pid).children()
+        copying = wait_for(lambda: writers(ctl.pid, cluster.path("disk")), "qemu-img copying", 20, cluster.tails)
         ctl.send_signal(signal.SIGTERM)
         _, stderr = ctl.communicate(timeout=30)
     assert ctl.returncode == 130
     assert "the import failed, disk was removed again" in stderr
-    assert not any(child.is_running() for child in children)
+    assert not any(child.is_running() for child in copying)
     assert cluster.images() == []
     assert not any((cluster.data_root(node) / "disk").exists() for node in (one, two))
 
