@@ -25,6 +25,8 @@ from ukai.errors import DiskError, NoSpace, NotReady, StaleHandle, Timeout
 from ukai.frontend.spare import THREADS
 
 pytestmark = pytest.mark.fuse
+either = pytest.mark.parametrize("binding", ["mfusepy"], indirect=True)
+"""For what takes seconds and is decided where no binding is seen."""
 
 PUNCH, ZERO = 0x03, 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -268,6 +270,7 @@ def test_errors_reach_the_caller(stand: Stand, op: str, name: str) -> None:
             assert errno_of(work[op]) == 0
 
 
+@either
 def test_a_write_that_got_lost_on_the_way_holds_back_others_for_a_while_only(stand: Stand) -> None:
     stand.expect_log("of disk failed")
     with opened(stand.disk) as fd:
@@ -308,6 +311,7 @@ def test_a_stale_handle_stays_stale_until_opened_anew(stand: Stand) -> None:
         assert errno_of(os.pwrite, fd, b"x", 0) == errno.EIO
 
 
+@either
 def test_no_answer_is_eio_within_the_time(stand: Stand) -> None:
     stand.expect_log("did not answer")
     with opened(stand.disk) as fd:
@@ -319,6 +323,7 @@ def test_no_answer_is_eio_within_the_time(stand: Stand) -> None:
             assert errno_of(work) == 0
 
 
+@either
 def test_a_write_that_may_still_be_done_holds_back_later_ones(stand: Stand) -> None:
     stand.expect_log("of disk failed")
     with opened(stand.disk) as fd:
@@ -370,6 +375,7 @@ def test_garbage_instead_of_the_answer_to_a_write(stand: Stand) -> None:
         assert os.pwrite(fd, b"abc", 0) == 3
 
 
+@either
 def test_garbage_for_the_beat(stand: Stand) -> None:
     for answer in (
         [b"garbage"],
@@ -416,6 +422,7 @@ def test_blockd_away_for_a_while(stand: Stand) -> None:
     assert len(opens) == 1, "opened again once, not by each thread"
 
 
+@either
 def test_blockd_away_for_too_long(stand: Stand) -> None:
     stand.expect_log("of disk failed")
     with opened(stand.disk) as fd:
