@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 .PHONY: help setup demo test soak soak-processes soak-cases bench cuts lint format lock clean
 
 help:
-	@echo "make setup   Debian packages that are missing, and .venv"
+	@echo "make setup   Debian packages that are missing, and .venv with UKAI in it, compiled"
 	@echo "make demo    three nodes on this machine: a disk moves while it is in use"
 	@echo "make test    lint, types and all tests (PYTEST_ARGS='-k name' for some)"
 	@echo "make soak    the simulator over many seeds (SEEDS=20000 FIRST=1)"

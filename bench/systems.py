@@ -25,7 +25,6 @@ from ukai.frontend import binding
 FILE_BYTES = 2**29
 """All files of all systems with all their copies together must stay in the page cache of a machine of 24 GB."""
 READY_S = 60.0
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class System(Protocol):
@@ -92,7 +91,7 @@ class Binding:
         self._path.parent.mkdir()
         allocate(directory / "file")
         self._machine = Machine()
-        python = ("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "bench.passthrough")
+        python = (sys.executable, "-P", "-m", "bench.passthrough")
         self._machine.spawn(directory / "log", *python, directory / "file", self._path.parent)
         look = self._machine.inside("stat", "--format=%s", self._path)
         wait_for(lambda: run(["sh", "-c", '"$@" 2>/dev/null || true', "sh", *look]).strip(), "the mount", READY_S)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Brings a machine to where UKAI runs: Debian packages that are missing, then .venv from the lock files.
-# Asks nothing.  A second run finds the stamp of the first and ends at once.
+# Brings a machine to where UKAI runs: Debian packages that are missing, .venv from the lock files, and UKAI itself in
+# it, compiled (UKAI_PURE=1: as it is).  Asks nothing.  A second run finds the stamps of the first and ends at once.
 #
 #   deploy/setup.sh          everything
 #   deploy/setup.sh --check  only says what is missing; changes nothing
@@ -9,6 +9,7 @@ set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 venv=$root/.venv
 stamp=$venv/.ukai-setup
+package_stamp=$venv/.ukai-package
 guest=$venv/guest
 PATH=$PATH:/usr/sbin:/sbin
 export PATH
@@ -72,7 +73,7 @@ list_missing() {
 
 fingerprint() {
     {
-        cat "$root/pyproject.toml" "$root/requirements-build.lock" "$root/requirements.lock" "$root/deploy/setup.sh"
+        cat "$root/requirements-build.lock" "$root/requirements.lock" "$root/deploy/setup.sh"
         printf '%s %s\n' "$root" "$python"
         "$python" --version
     } | sha256sum
@@ -110,9 +111,33 @@ make_venv() {
     # fusepy and netifaces come as source only: what builds them is installed first and used as it is.
     PIP_NO_WARN_SCRIPT_LOCATION=1 $pip --require-hashes -r "$root/requirements-build.lock"
     $pip --require-hashes --no-build-isolation -r "$root/requirements.lock"
-    $pip --no-build-isolation --editable "$root"
     "$venv/bin/python" -c 'import fuse, mfusepy, msgpack, netifaces, zmq'
+    # The tests' programs are found in the tree, and UKAI, which stands before it, is the one that is installed.
+    "$venv/bin/python" -c 'import sys, sysconfig
+open(sysconfig.get_path("purelib") + "/tree.pth", "w").write(sys.argv[1] + "\n")' "$root"
     fingerprint >"$stamp"
+}
+
+package_fingerprint() {
+    {
+        cat "$stamp"
+        printf '%s\n' "${UKAI_PURE:-0}"
+        (cd "$root" && find ukai setup.py pyproject.toml -name __pycache__ -prune -o -type f -print | LC_ALL=C sort \
+            | xargs sha256sum)
+    } | sha256sum
+}
+
+install_ukai() {
+    say "compiling and installing UKAI"
+    rm -rf "$package_stamp" "$root"/build/lib* "$root"/build/bdist*
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+    if ! "$venv/bin/python" -m pip --disable-pip-version-check install --require-virtualenv --no-input --no-deps \
+        --no-build-isolation --force-reinstall "$root" >"$log" 2>&1 </dev/null; then
+        tail -n 20 "$log" >&2
+        fail "UKAI could not be installed; the last lines are above"
+    fi
+    package_fingerprint >"$package_stamp"
 }
 
 # Kernel and busybox of the tests' guest: taken apart here, not installed.
@@ -144,9 +169,11 @@ list_missing
 if [ "${1:-}" = --check ]; then
     [ -z "$reasons" ] || fail "missing: $reasons"
     [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ] || fail "missing: .venv as in requirements.lock"
+    [ "$(cat "$package_stamp" 2>/dev/null)" = "$(package_fingerprint)" ] || fail "missing: UKAI as in $root/ukai"
     ! guest_runs || [ -e "$guest/boot" ] || fail "missing: the parts of the tests' guest"
     exit 0
 fi
 [ -z "$packages" ] || install_packages
 [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ] || make_venv
+[ "$(cat "$package_stamp" 2>/dev/null)" = "$(package_fingerprint)" ] || install_ukai
 ! guest_runs || [ -e "$guest/boot" ] || fetch_guest

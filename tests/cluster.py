@@ -184,7 +184,7 @@ class Cluster:
             "UKAI_DATA_ROOT": str(self.data_root(address)),
             "UKAI_RUN_DIR": str(self.run_root / address),
             "UKAI_MOUNT_POINT": str(self.mount(address)),
-            "PYTHONPATH": str(Path(__file__).parents[1]),  # for programs of the tests
+            "PYTHONSAFEPATH": "1",  # UKAI as it is installed, not what lies in the tree
             "PYTHONUNBUFFERED": "1",
             "PYTHONWARNINGS": "default",  # they end in the log, and the log is checked
         }
@@ -458,5 +458,6 @@ class Cluster:
 
 
 def program(name: str) -> str:
-    """A console script of the environment that runs the tests."""
+    """A console script of the environment that runs the tests, of what lies in the tree (compiled)."""
+    machine.check_installed()
     return str(Path(sys.executable).with_name(name))

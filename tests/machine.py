@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import shutil
 import socket
 import subprocess
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -23,6 +24,20 @@ PORT_FIRST, PORT_LAST = 23000, 32000  # above UKAI's own, below those that the k
 POLL_S = 0.05
 FUSE_CONNECTIONS = Path("/sys/fs/fuse/connections")
 _LOCK_DIR = Path("/tmp/ukai-test-ports")
+
+
+@functools.cache
+def check_installed() -> None:
+    """That UKAI as it is installed, compiled, is what lies in the tree.  Raises AssertionError."""
+    tree, installed = Path(__file__).resolve().parents[1] / "ukai", Path(sysconfig.get_path("purelib"), "ukai")
+    sources = {file.relative_to(tree) for file in tree.rglob("*.py")}
+    there = {file.relative_to(installed) for file in installed.rglob("*.py")}
+    other = sorted(
+        str(file)
+        for file in sources | there
+        if file not in sources & there or (tree / file).read_bytes() != (installed / file).read_bytes()
+    )
+    assert not other, f"what is installed differs from the tree in {', '.join(other[:5])}; run make setup"
 
 
 def wait_for(condition: Callable[[], T | None], what: str, timeout_s: float, detail: Callable[[], str] = str) -> T:
@@ -148,10 +163,10 @@ def left_behind(root: Path, run_root: Path, ports: Ports) -> Iterator[tuple[str,
     """What a cluster should have taken with it: (a line that says what, how to end it)."""
     for mount in reversed(mounts()):
         if mount.where.is_relative_to(root):
-            yield f"left mounted: {mount.where}", partial(_end_mount, mount.where)
+            yield f"left mounted: {mount.where}", functools.partial(_end_mount, mount.where)
     for device, backing in loop_devices().items():
         if backing.startswith(str(root)):
-            yield f"left attached: {device} to {backing}", partial(_detach, device)
+            yield f"left attached: {device} to {backing}", functools.partial(_detach, device)
     marker = str(run_root)
     for process in psutil.process_iter():
         try:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import zmq
 
-from ukai import __version__, fault_dir
+from ukai import __version__, fault_dir, messages
 from ukai.config import Config, load
 from ukai.errors import UkaiError
 from ukai.node import own_address
@@ -129,7 +129,8 @@ async def _serve(process: str, factory: Factory, config: Config, node: str) -> i
             gc.collect()
             gc.freeze()
             gc.set_threshold(GC_OBJECTS)
-            log.info("%s %s of node %s runs as process %d", process, __version__, node, os.getpid())
+            how = ", not compiled" if str(messages.__file__).endswith(".py") else ""
+            log.info("%s %s of node %s runs as process %d%s", process, __version__, node, os.getpid(), how)
             while True:
                 await wanted.wait()
                 wanted.clear()

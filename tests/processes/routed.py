@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
+import socket
 import sys
 from typing import Any
 
@@ -17,12 +19,19 @@ def main(name: str) -> None:
     routes: dict[str, str] = json.loads(os.environ["UKAI_TEST_ROUTES"])
     connect = zmq.Socket.connect
 
-    def routed(socket: zmq.Socket[Any], endpoint: str) -> Any:
-        return connect(socket, routes.get(endpoint, endpoint))
+    def routed(dealer: zmq.Socket[Any], endpoint: str) -> Any:
+        return connect(dealer, routes.get(endpoint, endpoint))
 
-    address = sockets.address
+    loop = asyncio.SelectorEventLoop
+    sock_connect = loop.sock_connect
 
-    setattr(sockets, "address", lambda endpoint: address(str(routes.get(endpoint, endpoint))))  # noqa: B010 — as above
+    async def routed_by_loop(self: Any, sock: socket.socket, where: Any) -> None:
+        if sock.family == socket.AF_INET:
+            host, port = where
+            _, where = sockets.address(str(routes.get(f"tcp://{host}:{port}", f"tcp://{host}:{port}")))
+        await sock_connect(self, sock, where)
+
+    setattr(loop, "sock_connect", routed_by_loop)  # noqa: B010 — as below
     setattr(zmq.Socket, "connect", routed)  # noqa: B010 — what mypy takes for granted is changed here
     sys.argv = [f"ukai-{name}"]
     sys.exit(importlib.import_module(f"ukai.{name}.main").main())

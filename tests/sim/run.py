@@ -1,6 +1,7 @@
 """Run seeds: ``python -m tests.sim.run FIRST COUNT [--seconds S] [--trace]``; exit 1 when one fails.
 
-Set iteration must not depend on chance, so each worker is started with a fixed hash seed.
+Set iteration must not depend on chance, so each worker is started with a fixed hash seed.  It runs UKAI as it is
+installed, compiled; with a rule broken, which a compiled class does not let anybody do, the sources.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tests.machine import check_installed
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 8.0
@@ -51,11 +54,15 @@ def worker(
     force: str = "{}",
     mutation: str = "",
     hasty: bool = False,
+    compiled: bool = True,
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.sim.run", "--worker", str(first), str(count), "--step", str(step)]
     command += ["--force", force, "--mutation", mutation]
     command += ["--seconds", str(seconds), *(["--trace"] if trace else []), *(["--hasty"] if hasty else [])]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    if compiled and not mutation:
+        check_installed()
+        environment["PYTHONSAFEPATH"] = "1"  # the tree comes after what is installed
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -36,16 +37,17 @@ def test_no_seed_fails(first: int) -> None:
 
 @pytest.mark.slow
 def test_seeds_that_failed_once() -> None:
-    for seed in FAILED_ONCE:
-        process = worker(seed, 1, 1, 12.0, force='{"rare": [], "replication": "sync", "checksum": false}')
-        out, _ = process.communicate()
-        assert process.returncode == 0
-        assert json.loads(out)["violations"] == []
+    force = '{"rare": [], "replication": "sync", "checksum": false}'
+    with ThreadPoolExecutor(HANDS) as hands:
+        workers = hands.map(lambda seed: worker(seed, 1, 1, 12.0, force=force).communicate(), FAILED_ONCE)
+        assert [json.loads(out)["violations"] for out, _ in workers] == [[]] * len(FAILED_ONCE)
 
 
 def test_one_seed_gives_one_trace() -> None:
-    digests = set()
-    for _ in range(2):
-        out, _ = worker(3, 1, 1, 4.0).communicate()
-        digests.add(json.loads(out)["digest"])
-    assert len(digests) == 1
+    """Each time, and compiled or not."""
+    traces = []
+    for compiled in (True, True, False):
+        out, _ = worker(1, 12, 1, 4.0, compiled=compiled).communicate()
+        traces.append([json.loads(line)["digest"] for line in out.splitlines()])
+    assert traces[0] == traces[1] == traces[2]
+    assert len(set(traces[0])) == 12

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import configparser
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from supervisor.options import ServerOptions
 
+from tests.machine import check_installed
 from ukai.config import KEYS, Config, load
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -62,3 +66,14 @@ def test_no_socket_of_supervisord_on_the_network() -> None:
     parser = configparser.RawConfigParser()
     parser.read(DEPLOY / "supervisord.conf")
     assert "inet_http_server" not in parser.sections()
+
+
+COMPILED = "ukai.zmtp", "ukai.sockets", "ukai.blockd.writes", "ukai.blockd.replica", "ukai.frontend.client"
+
+
+@pytest.mark.skipif(os.environ.get("UKAI_PURE", "") not in ("", "0"), reason="asked to leave it to the interpreter")
+def test_what_every_request_passes_is_compiled() -> None:
+    check_installed()
+    code = "import importlib, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]))"
+    found = subprocess.run([sys.executable, "-P", "-c", code, *COMPILED], capture_output=True, text=True, check=True)
+    assert [file.rpartition(".")[2] for file in found.stdout.split()] == ["so"] * len(COMPILED)
