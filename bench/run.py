@@ -28,6 +28,7 @@ from bench.results import Results, Sample
 from bench.rows import BY_NAME, LARGE_READ, LARGE_WRITE
 from bench.systems import FILE_BYTES, GlusterFS, MooseFS
 from tests.cluster import Cluster
+from tests.machine import compiled
 from ukai.config import Config
 
 PARTS = ("rows", "memory", "images", "cold", "resync", "scale", "loss", "curves")
@@ -79,7 +80,7 @@ def about(args: argparse.Namespace) -> dict[str, object]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "kernel": platform.release(),
-        "python": platform.python_version(),
+        "python": platform.python_version() + (", UKAI compiled" if compiled() else ""),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "fio": subprocess.run(["fio", "--version"], capture_output=True, text=True, check=False).stdout.strip(),

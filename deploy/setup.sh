@@ -128,7 +128,7 @@ package_fingerprint() {
 }
 
 install_ukai() {
-    say "compiling and installing UKAI"
+    say "compiling and installing UKAI, which takes a minute or two"
     rm -rf "$package_stamp" "$root"/build/lib* "$root"/build/bdist*
     log=$(mktemp)
     trap 'rm -f "$log"' EXIT
@@ -137,6 +137,7 @@ install_ukai() {
         tail -n 20 "$log" >&2
         fail "UKAI could not be installed; the last lines are above"
     fi
+    rm -f "$log"
     package_fingerprint >"$package_stamp"
 }
 

@@ -26,6 +26,11 @@ FUSE_CONNECTIONS = Path("/sys/fs/fuse/connections")
 _LOCK_DIR = Path("/tmp/ukai-test-ports")
 
 
+def compiled() -> bool:
+    """Whether what is installed is."""
+    return any(Path(sysconfig.get_path("purelib"), "ukai").glob("*.so"))
+
+
 @functools.cache
 def check_installed() -> None:
     """That UKAI as it is installed, compiled, is what lies in the tree.  Raises AssertionError."""
