@@ -103,14 +103,19 @@ install_packages() {
     [ -z "$packages" ] || fail "still missing after apt-get:$packages"
 }
 
+# pip in .venv, quietly: what fails it tells all the same.
+pip_install() {
+    PIP_NO_WARN_SCRIPT_LOCATION=1 "$venv/bin/python" -m pip -qq --disable-pip-version-check install \
+        --require-virtualenv --no-input --no-deps "$@"
+}
+
 make_venv() {
     say "making .venv with $("$python" --version) from requirements.lock"
     rm -f "$stamp"
     "$python" -m venv --clear "$venv"
-    pip="$venv/bin/python -m pip -qq --disable-pip-version-check install --require-virtualenv --no-input --no-deps"
     # fusepy and netifaces come as source only: what builds them is installed first and used as it is.
-    PIP_NO_WARN_SCRIPT_LOCATION=1 $pip --require-hashes -r "$root/requirements-build.lock"
-    $pip --require-hashes --no-build-isolation -r "$root/requirements.lock"
+    pip_install --require-hashes -r "$root/requirements-build.lock"
+    pip_install --require-hashes --no-build-isolation -r "$root/requirements.lock"
     "$venv/bin/python" -c 'import fuse, mfusepy, msgpack, netifaces, zmq'
     # The tests' programs are found in the tree, and UKAI, which stands before it, is the one that is installed.
     "$venv/bin/python" -c 'import sys, sysconfig
@@ -130,14 +135,7 @@ package_fingerprint() {
 install_ukai() {
     say "compiling and installing UKAI, which takes a minute or two"
     rm -rf "$package_stamp" "$root"/build/lib* "$root"/build/bdist*
-    log=$(mktemp)
-    trap 'rm -f "$log"' EXIT
-    if ! "$venv/bin/python" -m pip --disable-pip-version-check install --require-virtualenv --no-input --no-deps \
-        --no-build-isolation --force-reinstall "$root" >"$log" 2>&1 </dev/null; then
-        tail -n 20 "$log" >&2
-        fail "UKAI could not be installed; the last lines are above"
-    fi
-    rm -f "$log"
+    pip_install --no-build-isolation --force-reinstall "$root"
     package_fingerprint >"$package_stamp"
 }
 
