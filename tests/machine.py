@@ -33,15 +33,12 @@ def compiled() -> bool:
 
 @functools.cache
 def check_installed() -> None:
-    """That UKAI as it is installed, compiled, is what lies in the tree.  Raises AssertionError."""
-    tree, installed = Path(__file__).resolve().parents[1] / "ukai", Path(sysconfig.get_path("purelib"), "ukai")
-    sources = {file.relative_to(tree) for file in tree.rglob("*.py")}
-    there = {file.relative_to(installed) for file in installed.rglob("*.py")}
-    other = sorted(
-        str(file)
-        for file in sources | there
-        if file not in sources & there or (tree / file).read_bytes() != (installed / file).read_bytes()
+    """That UKAI as it is installed is what lies in the tree.  Raises AssertionError."""
+    tree, installed = (
+        {(str(file.relative_to(root)), file.read_bytes()) for file in Path(root, "ukai").rglob("*.py")}
+        for root in (Path(__file__).resolve().parents[1], sysconfig.get_path("purelib"))
     )
+    other = sorted({file for file, _ in tree ^ installed})
     assert not other, f"what is installed differs from the tree in {', '.join(other[:5])}; run make setup"
 
 

@@ -17,6 +17,7 @@ from ukai import sockets
 
 def main(name: str) -> None:
     routes: dict[str, str] = json.loads(os.environ["UKAI_TEST_ROUTES"])
+    addresses = {sockets.address(here)[1]: sockets.address(there)[1] for here, there in routes.items()}
     connect = zmq.Socket.connect
 
     def routed(dealer: zmq.Socket[Any], endpoint: str) -> Any:
@@ -26,10 +27,7 @@ def main(name: str) -> None:
     sock_connect = loop.sock_connect
 
     async def routed_by_loop(self: Any, sock: socket.socket, where: Any) -> None:
-        if sock.family == socket.AF_INET:
-            host, port = where
-            _, where = sockets.address(str(routes.get(f"tcp://{host}:{port}", f"tcp://{host}:{port}")))
-        await sock_connect(self, sock, where)
+        await sock_connect(self, sock, addresses.get(where, where))
 
     setattr(loop, "sock_connect", routed_by_loop)  # noqa: B010 — as below
     setattr(zmq.Socket, "connect", routed)  # noqa: B010 — what mypy takes for granted is changed here

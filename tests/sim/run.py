@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.machine import check_installed
 
@@ -64,6 +65,13 @@ def worker(
         check_installed()
         environment["PYTHONSAFEPATH"] = "1"  # the tree comes after what is installed
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def results(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """What a worker tells of each seed, once it has ended well."""
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def main() -> int:

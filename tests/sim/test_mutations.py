@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.sim.mutations import MUTATIONS, RULES, Mutation
-from tests.sim.run import worker
+from tests.sim.run import results, worker
 from tests.sim.scenario import RARE
 
 SEEDS = 40
@@ -24,17 +24,11 @@ def _start(mutation: Mutation, count: int, name: str) -> subprocess.Popen[str]:
     return worker(1, count, 1, mutation.seconds, force=force, mutation=name, hasty=True)
 
 
-def _records(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    return [json.loads(line) for line in out.splitlines()]
-
-
 @cache
 def _caught() -> dict[str, list[dict[str, Any]]]:
     """Name of each mutation → its runs, the last of which has a violation if it was caught."""
     with ThreadPoolExecutor(TOGETHER) as hands:
-        found = hands.map(lambda m: _records(_start(m, SEEDS, m.name)), MUTATIONS)
+        found = hands.map(lambda m: results(_start(m, SEEDS, m.name)), MUTATIONS)
         return {m.name: records for m, records in zip(MUTATIONS, found, strict=True)}
 
 
@@ -61,7 +55,7 @@ def test_the_code_as_it_is_passes_the_same_seeds() -> None:
         wanted[key] = (mutation, max(before, len(_caught()[mutation.name])))
     with ThreadPoolExecutor(TOGETHER) as hands:
         happened: set[str] = set()
-        found = hands.map(lambda item: _records(_start(item[0], item[1], "")), wanted.values())
+        found = hands.map(lambda item: results(_start(item[0], item[1], "")), wanted.values())
         for (mutation, count), records in zip(wanted.values(), found, strict=True):
             assert [r["violations"] for r in records] == [[]] * count, (mutation.name, mutation.forced)
             assert any(r["counts"].get("acknowledged") for r in records)

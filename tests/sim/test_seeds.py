@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.sim.run import worker
+from tests.sim.run import results, worker
 from tests.sim.scenario import FAULTS
 
-FIRST, COUNT, GROUP, HANDS = 1, 180, 60, 2
+FIRST, COUNT, GROUP, HANDS = 1, 300, 60, 2
 SECONDS = 6.0
 
 FAILED_ONCE = (5, 34, 55, 72, 94, 105, 115, 142, 148, 207)
@@ -21,11 +20,7 @@ FAILED_ONCE = (5, 34, 55, 72, 94, 105, 115, 142, 148, 207)
 @pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, GROUP))
 def test_no_seed_fails(first: int) -> None:
     workers = [worker(first + hand, GROUP - hand, HANDS, SECONDS) for hand in range(HANDS)]
-    records = []
-    for process in workers:
-        out, _ = process.communicate()
-        assert process.returncode == 0
-        records += [json.loads(line) for line in out.splitlines()]
+    records = [record for process in workers for record in results(process)]
     failed = [(r["seed"], r["violations"][:2], r["parameters"]) for r in records if r["violations"]]
     assert not failed
     assert sorted(r["seed"] for r in records) == list(range(first, first + GROUP))
@@ -39,15 +34,14 @@ def test_no_seed_fails(first: int) -> None:
 def test_seeds_that_failed_once() -> None:
     force = '{"rare": [], "replication": "sync", "checksum": false}'
     with ThreadPoolExecutor(HANDS) as hands:
-        workers = hands.map(lambda seed: worker(seed, 1, 1, 12.0, force=force).communicate(), FAILED_ONCE)
-        assert [json.loads(out)["violations"] for out, _ in workers] == [[]] * len(FAILED_ONCE)
+        told = hands.map(lambda seed: results(worker(seed, 1, 1, 12.0, force=force)), FAILED_ONCE)
+        assert [[r["violations"] for r in one] for one in told] == [[[]]] * len(FAILED_ONCE)
 
 
 def test_one_seed_gives_one_trace() -> None:
     """Each time, and compiled or not."""
     traces = []
     for compiled in (True, True, False):
-        out, _ = worker(1, 6, 1, 4.0, compiled=compiled).communicate()
-        traces.append([json.loads(line)["digest"] for line in out.splitlines()])
+        traces.append([r["digest"] for r in results(worker(1, 6, 1, 4.0, compiled=compiled))])
     assert traces[0] == traces[1] == traces[2]
     assert len(set(traces[0])) == 6
