@@ -36,7 +36,7 @@ class Register:
         self.pending: set[int] = set()
         """Values being written now."""
         self.unflushed: set[int] = set()
-        """Values that were possible since the last flush: power cuts may bring them back."""
+        """Values that were possible since the last flush began: power cuts may bring them back."""
         self.readers: list[set[int]] = []
         self.last: Guest | None = None
         """Whose write was acknowledged last."""
@@ -243,7 +243,7 @@ class Guest:
         return True
 
     async def flush(self) -> bool:
-        covered = [(r, set(r.possible)) for r in self.registers]
+        covered = [(r, r.read_begins()) for r in self.registers]
         settled = dict(self.mine)
         was_stale = self.stale()
         try:
@@ -252,6 +252,8 @@ class Guest:
             self.world.note(f"flush failed: {e.message}")
             self.world.count("failed flushes")
             self.mine.clear()  # it has been told
+            for register, seen in covered:
+                register.read_ends(seen, None)
             return False
         if was_stale:
             self.world.violation(f"a flush on {self.frontend.node}, whose writes may be lost, succeeds")
@@ -259,10 +261,10 @@ class Guest:
         self.world.note("flushed")
         if not self.dead and not self.stale():
             self._stored(settled)
-        if self.world.early is not None and not self.wrote:
-            return True  # what another machine has written is none of its business
-        for register, values in covered:
-            register.unflushed = register.possible | values
+        for register, seen in covered:
+            register.read_ends(seen, None)
+            if self.world.early is None or self.wrote:  # else what another machine has written is none of its business
+                register.unflushed = register.possible | seen
         return True
 
     def _stored(self, settled: dict[int, tuple[int, float]], how: str = "and flushed") -> None:
