@@ -844,6 +844,7 @@ def bury(world: World) -> None:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             if not task.done():
                 try:
-                    task.get_coro().close()
+                    # not close(): a compiled coroutine that awaits another may crash of GeneratorExit (mypyc)
+                    task.get_coro().throw(asyncio.CancelledError())
                 except BaseException:  # its finally blocks find a dead world
                     continue
