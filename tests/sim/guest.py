@@ -252,19 +252,20 @@ class Guest:
             self.world.note(f"flush failed: {e.message}")
             self.world.count("failed flushes")
             self.mine.clear()  # it has been told
+            return False
+        finally:
             for register, seen in covered:
                 register.read_ends(seen, None)
-            return False
         if was_stale:
             self.world.violation(f"a flush on {self.frontend.node}, whose writes may be lost, succeeds")
         self.world.count("flushes")
         self.world.note("flushed")
         if not self.dead and not self.stale():
             self._stored(settled)
+        if self.world.early is not None and not self.wrote:
+            return True  # what another machine has written is none of its business
         for register, seen in covered:
-            register.read_ends(seen, None)
-            if self.world.early is None or self.wrote:  # else what another machine has written is none of its business
-                register.unflushed = register.possible | seen
+            register.unflushed = register.possible | seen
         return True
 
     def _stored(self, settled: dict[int, tuple[int, float]], how: str = "and flushed") -> None:
