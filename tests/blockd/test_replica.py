@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,14 @@ async def run_here(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def new_replica(store: Store, registered_seq: int = 100) -> Replica:
-    replica = Replica(store, "replica-inc", TOKEN, run_here, lambda _fds, _done: False)
+def new_replica(
+    store: Store,
+    registered_seq: int = 100,
+    inc: str = "replica-inc",
+    first_token: int = TOKEN,
+    now: Callable[[], float] = time.monotonic,
+) -> Replica:
+    replica = Replica(store, inc, first_token, run_here, lambda _fds, _done: False, now)
     replica.registered_seq = registered_seq
     return replica
 
@@ -186,8 +193,7 @@ def test_coordinators_of_two_nodes_do_not_disturb_each_other(replica: Replica) -
 
 def test_a_former_process_of_the_replica_is_no_longer_meant(image: ImageStore) -> None:
     old = Sender(new_replica(image.store))
-    old.replica = Replica(image.store, "next-inc", TOKEN + 4096, run_here, lambda _fds, _done: False)
-    old.replica.registered_seq = 100
+    old.replica = new_replica(image.store, inc="next-inc", first_token=TOKEN + 4096)
     for op in (*NUMBERED, *SESSION):
         with pytest.raises(StaleSession):
             old.send(op, b"x", e=1, b=0, o=0, g=9, l=1, c=512, ranges=[])
@@ -249,6 +255,35 @@ def test_ping_tells_which_roles_are_over(sender: Sender, image: ImageStore) -> N
     assert reply["stale"] == {UUID: 6}
     assert ask(sender.replica, {"op": "ping", "roles": {UUID: 6}})[0]["stale"] == {}
     assert ask(sender.replica, {"op": "ping"})[0]["stale"] == {}
+
+
+def test_a_fence_tells_how_long_ago_another_writer_may_have_been_confirmed(image: ImageStore) -> None:
+    """That one reads until a lease after it: whoever fences waits as long (R3)."""
+    clock = [100.0]
+    replica = new_replica(image.store, now=lambda: clock[0])
+    old, new = Sender(replica, A), Sender(replica, B)
+
+    def ago_ms(epoch: int, passed_s: float = 0.5) -> int:
+        clock[0] += passed_s
+        ago = new.send("fence", e=epoch)[0]["ago"]
+        assert ago == int(replica.confirmed_ago_s(UUID, B) * 1000)
+        return int(ago)
+
+    def ping(sender: Sender, *uuids: str) -> None:
+        ask(replica, {"op": "ping", "t": sender.token, "roles": dict.fromkeys(uuids, 1)})
+
+    assert ago_ms(2) == 500, "the process before this one may have answered anything"
+    clock[0] += 9
+    ping(old, UUID, "other")
+    assert ago_ms(2) == 500
+    ping(new, UUID)
+    assert ago_ms(3) == 1000, "to itself whoever fences owes nothing"
+    ping(old, UUID)  # it is told of the higher epoch, but that answer may be lost
+    assert ago_ms(3) == 500
+    Sender(replica, A, attempt=2)
+    assert ago_ms(3) == 1000, "what it has heard outlives the session"
+    ping(Sender(replica, A, attempt=3), "other")
+    assert ago_ms(3) == 12000, "it holds the role no more"
 
 
 def test_a_ping_with_a_token_of_another_session_is_refused(sender: Sender) -> None:

@@ -169,6 +169,58 @@ def test_a_dead_writer_is_not_asked_for_longer_than_its_lease() -> None:
     at_desk(scene)
 
 
+@pytest.mark.parametrize(
+    ("how", "vacated"),
+    [
+        ("asked to release", True),
+        ("not the writer", True),
+        ("silent", False),
+        ("silent, and the one after it never came", False),
+        ("released by itself", True),
+        ("started anew", True),
+        ("released, and metad started anew", False),
+        ("asks again", True),
+        ("never written", True),
+    ],
+)
+def test_a_grant_tells_whether_the_last_writer_is_known_to_have_stopped(how: str, vacated: bool) -> None:
+    """If not, its peers may have confirmed its role a moment ago: that is to be waited out (R3)."""
+
+    async def scene(desk: Desk) -> None:
+        image = await desk.image(A, B, C)
+        taker = A if how == "asks again" else B
+        if how != "never written":
+            await desk.own(A, image)
+        if how == "asked to release":
+            desk.answers[A, "release"] = {"handles": 1, "clean": False}
+        elif how == "not the writer":
+            desk.answers[A, "release"] = NotCoordinator("no")
+        elif how.startswith("silent"):
+            desk.answers[A, "release"] = Timeout("no answer")
+            desk.core.sessions[A].last_beat -= 100
+            if how != "silent":
+                assert (await desk.grant(C, image))["vacated"] is False
+                desk.core.pending[image.uuid].until = desk.now()
+        elif how.startswith("released"):
+            await desk.coordinate(A, "release", image)
+            if "metad" in how:
+                desk.core.vacated.clear()
+        elif how == "started anew":
+            await desk.register(A, inc="A-2")
+        reply = await desk.grant(taker, image)
+        assert reply["vacated"] is vacated
+        lease_s = 0 if vacated else desk.core.config.lease
+        left_s = desk.core.pending[image.uuid].until - desk.now() - desk.core.config.replica_timeout
+        assert lease_s < left_s <= lease_s + roles.PENDING_S
+        await desk.do(
+            "grant.commit", node=taker, inc=desk.core.sessions[taker].inc, image=image.uuid, epoch=reply["epoch"],
+            fenced=[B, C],
+        )  # fmt: skip
+        assert image.uuid not in desk.core.vacated
+
+    at_desk(scene)
+
+
 def test_after_its_own_start_metad_waits_a_lease_for_a_writer_it_does_not_know() -> None:
     async def scene(desk: Desk) -> None:
         image = await desk.image(A, B)

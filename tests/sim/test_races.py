@@ -12,22 +12,23 @@ import pytest
 from tests.sim.guest import SECTOR
 from tests.sim.loop import VirtualLoop
 from tests.sim.scenario import BLOCK_BYTES, BLOCKS, bury
-from tests.sim.world import CONFIG, NODES, Frontend, World
+from tests.sim.world import CONFIG, METAD, NODES, Frontend, World
 from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.core import Core
 from ukai.blockd.reads import Reads
 from ukai.blockd.replica import Replica
+from ukai.blockd.role import Role
 from ukai.errors import StaleSession, Timeout, UkaiError, Unreachable
 from ukai.messages import Header
 from ukai.model import IN_SYNC, Image
 
 
-def play(work: Callable[[World], Awaitable[None]], active_limit: int = 3) -> None:
+def play(work: Callable[[World], Awaitable[None]], **settings: Any) -> None:
     """Three nodes without faults, and an image on the first two, in virtual time."""
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
     world = World(1)
-    world.config = replace(CONFIG, active_limit=active_limit)
+    world.config = replace(CONFIG, **settings)
 
     async def main() -> None:
         world.start_metad()
@@ -301,6 +302,50 @@ def test_a_copy_elsewhere_is_read_the_short_way_while_it_can_be(monkeypatch: pyt
         await frontend.close()
 
     play(read)
+
+
+def test_a_writer_that_its_peers_have_just_confirmed_reads_nothing_that_was_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """metad has missed it for a lease, and its peers have not: what they have confirmed is waited out (R3)."""
+    here, there = NODES[0], NODES[1]
+    read_at: list[float] = []
+    real = Role._fence
+
+    def cut(world: World, *others: str) -> None:
+        world.net.cuts |= {w for other in others for w in ((here, other), (other, here))}
+
+    async def race(world: World) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def fence(self: Role, node: str, epoch: int) -> Any:
+            cut(world, *NODES[1:])
+            return await real(self, node, epoch)
+
+        async def read_all() -> None:
+            while True:
+                began = loop.time()
+                if await old.request({"op": "r", "o": 0, "l": SECTOR}, None, False) == b"x" * SECTOR:
+                    read_at.append(began)
+                await asyncio.sleep(0.002)
+
+        old, new = Frontend(world, here), Frontend(world, there)
+        beside = [loop.create_task(work) for work in (old.keep(), new.keep())]
+        await write(old, 0)
+        assert world.blockds[there].core.peer(here) is not None  # it is connected, and so does not wait for it later
+        cut(world, METAD)
+        beside.append(loop.create_task(read_all()))
+        await asyncio.sleep(2 * CONFIG.lease)
+        assert read_at[-1] > loop.time() - 0.1
+        monkeypatch.setattr(Role, "_fence", fence)
+        await new.request({"op": "w", "o": 0, "s": False}, b"y" * SECTOR, True)
+        replaced_at = loop.time()
+        await asyncio.sleep(2 * CONFIG.lease)
+        assert max(read_at) < replaced_at
+        for task in beside:
+            task.cancel()
+
+    play(race, active_idle=60.0, active_age=60.0)
 
 
 @pytest.mark.expect_log("out-of-sync")

@@ -89,7 +89,7 @@ class Core:
         """The loop's clock, in seconds; each request looks at it several times."""
         self.inc = ports.new_id()
         self.run_disk = ports.run_disk
-        self.replica = Replica(store, self.inc, ports.new_token(), ports.run_disk, ports.sync)
+        self.replica = Replica(store, self.inc, ports.new_token(), ports.run_disk, ports.sync, self.now)
         self.replica.on_epoch = self._epoch_seen
         self.replica.boot_id = ports.boot_id
         self.lease_until = float("-inf")

@@ -104,8 +104,10 @@ class Session:
 class Replica:
     """The replicas on this node, as seen by other nodes."""
 
-    def __init__(self, store: Store, inc: str, first_token: int, run_disk: RunDisk, sync: Sync) -> None:
-        self.store, self.inc, self.run_disk, self.sync = store, inc, run_disk, sync
+    def __init__(
+        self, store: Store, inc: str, first_token: int, run_disk: RunDisk, sync: Sync, now: Callable[[], float]
+    ) -> None:
+        self.store, self.inc, self.run_disk, self.sync, self._now = store, inc, run_disk, sync, now
         self.registered_seq = -1
         """Metadata sequence at which this process was registered; −1: not yet, and no session is opened (R8)."""
         self.flushed = asyncio.Event()
@@ -117,6 +119,9 @@ class Replica:
         self._tokens = itertools.count(first_token)
         self.sessions: dict[int, Session] = {}
         self.by_node: dict[str, Session] = {}
+        self._began = now()
+        self._confirmed: dict[str, tuple[Collection[str], float]] = {}
+        """node → images whose role it held at its last ping, and when that was answered."""
         self.on_epoch: Callable[[str, int], None] = lambda uuid, epoch: None
         """Called when an image's epoch has grown: a coordinator on this node may have lost its role."""
         self.numbered: dict[str, Callable[[Header, Payload | None], Answer | Later | Awaitable[Answer]]] = {
@@ -195,11 +200,12 @@ class Replica:
             del self.by_node[session.node]
 
     def _ping(self, header: Header) -> Answer:
-        if "t" in header:
-            self._session(header)
+        session = self._session(header) if "t" in header else None
         roles = header.get("roles", {})
         if type(roles) is not dict:
             raise RemoteProtocolError("field roles: a map is wanted")
+        if session is not None:
+            self._confirmed[session.node] = roles.keys(), self._now()
         stale = {}
         for uuid, epoch in roles.items():
             image = self.store.images.get(uuid)
@@ -229,10 +235,20 @@ class Replica:
     # --- what alters data
 
     def _fence(self, header: Header) -> Answer:
+        session = self._session(header)
         faults.point("replica.fence")
-        self._admit(self._image(header), integer(header, "e"))
+        image = self._image(header)
+        self._admit(image, integer(header, "e"))
         faults.point("replica.fenced")
-        return {}, None
+        return {"ago": int(self.confirmed_ago_s(image.uuid, session.node) * 1000)}, None
+
+    def confirmed_ago_s(self, uuid: str, node: str) -> float:
+        """How long ago a node other than ``node`` may have heard from here that no higher epoch is known (R3).
+
+        What a former process of this node has answered is not known: as if it had done so until this one began.
+        """
+        times = [at for n, (roles, at) in self._confirmed.items() if n != node and uuid in roles]
+        return self._now() - max([self._began, *times])
 
     def _write(self, header: Header, payload: Payload | None) -> Answer:
         if not payload:

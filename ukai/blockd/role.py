@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ukai import faults
 from ukai.errors import Damaged, NotCoordinator, StaleEpoch, UkaiError
+from ukai.messages import integer
 from ukai.model import IN_SYNC, written
 from ukai.ranges import RangeSet, join
 
@@ -71,9 +72,13 @@ class Role:
         reply = await core.metad("grant", {"image": c.uuid, "opened_epoch": opened_epoch, "purpose": purpose})
         epoch, holders = int(reply["epoch"]), [str(n) for n in reply["holders"]]
         await faults.pause("grant.reserved")
-        fenced = [n for n in await asyncio.gather(*(self._fence(n, epoch) for n in holders)) if n]
+        vacated = reply.get("vacated") is True
+        fences = await asyncio.gather(*(self._fence(n, epoch) for n in holders))
+        fenced = {n: until for n, until in zip(holders, fences, strict=True) if until is not None}
         await faults.pause("grant.fenced")
-        await core.metad("grant.commit", {"image": c.uuid, "epoch": epoch, "fenced": fenced})
+        if not vacated and (left := max(fenced.values(), default=0.0) - c.now()) > 0:
+            await asyncio.sleep(left)  # the passing of a lease is the condition itself
+        await core.metad("grant.commit", {"image": c.uuid, "epoch": epoch, "fenced": list(fenced)})
         c.epoch, c.held, self._purpose, c.hindrance = epoch, True, purpose, ""
         c.idle_since = c.now()
         c.changed(None)
@@ -83,23 +88,28 @@ class Role:
         log.info("image %s: this node is the writer, epoch %d", c.name(), epoch)
         faults.point("grant.held")
 
-    async def _fence(self, node: str, epoch: int) -> str:
-        """Have a replica persist the epoch (R3); the node, or nothing when it can't be reached."""
+    async def _fence(self, node: str, epoch: int) -> float | None:
+        """Have a replica persist the epoch (R3); None when it can't be reached.
+
+        Returns when the lease is over that it may have confirmed last to another writer, on this loop's clock.
+        """
         c = self._c
         try:
             if node == c.own:
                 c.core.store.image(c.uuid).admit(epoch)
-                return node
-            peer = c.core.peer(node)
-            if not await peer.settled():
-                return ""
-            await peer.ask("fence", {"i": c.uuid, "e": epoch})
-            return node
+                ago_s = c.core.replica.confirmed_ago_s(c.uuid, node)
+            else:
+                peer = c.core.peer(node)
+                if not await peer.settled():
+                    return None
+                reply, _ = await peer.ask("fence", {"i": c.uuid, "e": epoch})
+                ago_s = integer(reply, "ago", default=0) / 1000
+            return c.now() + c.core.config.lease - ago_s
         except StaleEpoch:
             raise
         except UkaiError as e:
             log.info("image %s: node %s is not fenced: %s", c.name(), node, e.message)
-            return ""
+            return None
 
     def lose(self, reason: str) -> None:
         """The role went to another node, or can't be told to be ours any more."""

@@ -104,7 +104,8 @@ class Pending:
     epoch: int
     node: str
     inc: str
-    at: float
+    until: float
+    """When another node need not wait for this one any more."""
     settled: asyncio.Future[None]
 
 
@@ -129,6 +130,8 @@ class Core:
         self.refused: dict[str, str] = {}
         """node → why its registration is refused."""
         self.pending: dict[str, Pending] = {}
+        self.vacated: set[str] = set()
+        """Images whose last writer is known to hold the role no more (R3); empty after a start."""
         self.revoked: set[str] = set()
         """Images whose writer is being waited out: its beats no longer renew the role (R3)."""
         self.creating: set[str] = set()
@@ -170,6 +173,7 @@ class Core:
             self.counts = {k: v for k, v in self.counts.items() if k[0] != uuid}
             for table in (self.pending, self.acquiring, self.sync_reason, self.sync_tries, self.progress, self._locks):
                 table.pop(uuid, None)
+            self.vacated.discard(uuid)
             for owed in self.reopen.values():
                 owed.discard(uuid)
 

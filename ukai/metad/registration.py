@@ -257,6 +257,7 @@ def register(core: Core, fields: Header) -> Header:
         put_right = compare(image, report, same_process=same, rebooted=rebooted, distrusted=distrusted)
         changes += put_right
         if image.writer == node and not same:
+            core.vacated.add(image.uuid)
             changes.append({"t": "image", "uuid": image.uuid, "writer": "", "former": image.former or node})
         if not same:
             changes += roles.lost_with(image, node, [(r[0], r[1]) for c in put_right for r in c["ranges"]])

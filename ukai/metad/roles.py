@@ -31,7 +31,7 @@ RECONCILE = "compares the blocks that were being written when the writer stopped
 """Reason of an order that metad itself gave: an administrator's order takes its place."""
 
 PENDING_S = 1.0
-"""How much longer than replica_timeout a reserved role is left to the node that reserved it."""
+"""How much longer than it takes to fence replicas a reserved role is left to the node that reserved it."""
 
 
 def grant(core: Core, fields: Header) -> Coroutine[Any, Any, Header]:
@@ -56,6 +56,8 @@ async def _grant(core: Core, fields: Header, session: Session) -> Header:
         core.session(fields)
         _check_eligible(core.image(uuid), node, io, opened_epoch)
         image = core.image(uuid)
+        if image.writer == node or not image.epoch:
+            core.vacated.add(uuid)  # whoever asks for a role does not hold it
         if image.writer not in ("", node):
             if not io and (purpose == "sync" or core.up(image.writer)):  # to read is no reason to stop a writer (R2)
                 raise Busy(f"image {image.name} is being written by {image.writer}")
@@ -72,22 +74,23 @@ async def _grant(core: Core, fields: Header, session: Session) -> Header:
         change: Change = {"t": "image", "uuid": uuid, "epoch": epoch, "writer": "", "former": former}
         core.commit([change], f"grant to {node}")
         settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        core.pending[uuid] = Pending(epoch, node, session.inc, core.ports.now(), settled)
+        vacated = uuid in core.vacated
+        fencing_s = core.config.replica_timeout + (0 if vacated else core.config.lease) + PENDING_S
+        core.pending[uuid] = Pending(epoch, node, session.inc, core.ports.now() + fencing_s, settled)
         image = core.image(uuid)
         holders = sorted(n for n, where in image.locations.items() if any(r.status == IN_SYNC for _, _, r in where))
-        return {"epoch": epoch, "holders": holders}
+        return {"epoch": epoch, "holders": holders, "vacated": vacated}
 
 
 def undecided(core: Core, pending: Pending) -> bool:
     """Whether the node that has reserved a role may still come to take it."""
-    fresh = core.ports.now() < pending.at + core.config.replica_timeout + PENDING_S
-    return fresh and not pending.settled.done() and core.up(pending.node)
+    return core.ports.now() < pending.until and not pending.settled.done() and core.up(pending.node)
 
 
 async def _wait_for_pending(core: Core, uuid: str, node: str) -> None:
     """Let another node that has reserved the role come to its end, so that two don't take it from each other."""
     while (pending := core.pending.get(uuid)) is not None and pending.node != node and undecided(core, pending):
-        await settle(pending.settled, pending.at + core.config.replica_timeout + PENDING_S - core.ports.now())
+        await settle(pending.settled, pending.until - core.ports.now())
 
 
 def _check_eligible(image: Image, node: str, io: bool, opened_epoch: int) -> None:
@@ -149,6 +152,7 @@ async def drained(core: Core, image: Image, timeout_s: float) -> list[Change]:
     uuid, writer, epoch = image.uuid, image.writer, image.epoch
     reply = await core.call(writer, "release", {"image": uuid, "epoch": epoch}, timeout_s)
     image = core.image(uuid)
+    _vacate(core, image, epoch)
     if reply.get("clean") is not True or (image.writer, image.epoch) != (writer, epoch):
         raise Unreachable(f"the writer {writer} of image {image.name} could not flush what it has written")
     changes: list[Change] = [{"t": "image", "uuid": uuid, "writer": "", "former": image.former or writer}]
@@ -176,6 +180,8 @@ async def displace(core: Core, uuid: str, node: str, *, io: bool) -> None:
             core.revoked.discard(uuid)
     await faults.pause("metad.displaced")
     image = core.image(uuid)
+    if reply is not None:
+        _vacate(core, image, epoch)
     handles = reply.get("handles", 1) if reply is not None else 1
     clean = reply is not None and reply.get("clean") is True
     lost = dict(image.lost)
@@ -190,6 +196,12 @@ async def displace(core: Core, uuid: str, node: str, *, io: bool) -> None:
     if clean and image.writer == writer and image.epoch == epoch:
         changes += released(image, reply or {})
     core.commit(changes, f"role taken from {writer} for {node}" + ("" if reply is not None else ", which is silent"))
+
+
+def _vacate(core: Core, image: Image, epoch: int) -> None:
+    """The writer of an epoch has said that it does not hold the role, and nobody had it since."""
+    if image.epoch == epoch:
+        core.vacated.add(image.uuid)
 
 
 async def _ask_to_release(core: Core, uuid: str, writer: str, epoch: int) -> Header | None:
@@ -248,6 +260,7 @@ def grant_commit(core: Core, fields: Header) -> Header:
     changes += replicas.changes(image, astray)
     changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
     changes += _reconcile(core, image, astray, core.cluster.seq + len(changes) + 1)
+    core.vacated.discard(image.uuid)
     core.commit(changes, f"{node} is the writer of {image.name}")
     _settle(core, image.uuid)
     return {}
@@ -302,6 +315,7 @@ def release(core: Core, fields: Header) -> Header:
     changes: list[Change] = [{"t": "image", "uuid": image.uuid, "writer": "", "former": image.former or node}]
     changes += released(image, fields)
     changes += replicas.changes(image, replicas.interrupted(image, "resync interrupted"))
+    core.vacated.add(image.uuid)
     core.commit(changes, f"{node} releases {image.name}")
     _settle(core, image.uuid)
     return {}
