@@ -12,7 +12,7 @@ from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.core import Core
 from ukai.blockd.frontends import FRONTEND_BEATS, Frontends
 from ukai.blockd.writes import When
-from ukai.errors import StaleSession
+from ukai.errors import StaleHandle, StaleSession
 from ukai.telemetry import Metrics
 
 BEAT_S = 0.5
@@ -96,6 +96,29 @@ def test_only_a_write_that_is_flushed_on_the_way_says_that_nothing_is_left_to_fl
     frontends.answer(header, b"data", lambda fields, _payload: replies.append(fields))
     assert written == [(5, b"data", stored)]
     assert replies == [{"clean": True} if said else {}]
+
+
+@pytest.mark.parametrize(("replication", "told"), [("sync", {}), ("flush", {"err": "stale-handle"})])
+def test_an_fsync_of_a_stale_handle_says_nothing_of_writes_that_may_be_gone(
+    replication: str, told: dict[str, object]
+) -> None:
+    """The node has the role again, for another machine, and nothing to flush (R2, R7)."""
+
+    def check_handle(_handle: Handle) -> None:
+        raise StaleHandle("taken over")
+
+    image = SimpleNamespace(
+        name=lambda: "disk",
+        image=SimpleNamespace(replication=replication),
+        check_handle=check_handle,
+        flusher=SimpleNamespace(clean=lambda: True),
+    )
+    core = SimpleNamespace(now=lambda: 1.0, inc="i", stopping=False, metrics=Metrics())
+    frontends = Frontends(cast(Core, core))
+    frontends.handles[1] = Handle(1, "f", cast(Coordinator, image), 0, 1.0)
+    replies: list[dict[str, object]] = []
+    frontends.answer({"op": "f", "inc": "i", "h": 1}, None, lambda fields, _payload: replies.append(fields))
+    assert [{k: v for k, v in fields.items() if k == "err"} for fields in replies] == [told]
 
 
 def test_what_a_closed_handle_has_under_way_goes_no_further() -> None:

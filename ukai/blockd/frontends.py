@@ -200,6 +200,12 @@ class Frontends:
         done = self._answer(reply, c, "flush", 0)
 
         def attempt() -> None:
+            try:
+                if c.image.replication == "flush":
+                    c.check_handle(handle)  # what it has written may be gone (R2)
+            except UkaiError as e:
+                done(e)
+                return
             if c.flusher.clean():
                 done(None)
             elif (op := c.flusher.last()) is not None:
