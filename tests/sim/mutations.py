@@ -128,8 +128,8 @@ def _role_taken_unasked() -> list[Patch]:
     async def unasked(*_args: Any) -> dict[str, Any]:
         return {"handles": 1, "clean": False}
 
-    async def fence(self: Role, node: str, _epoch: int) -> str:
-        return node if node == self._c.own or self._c.core.peer(node).up else ""
+    async def fence(self: Role, node: str, _epoch: int) -> float | None:
+        return 0.0 if node == self._c.own or self._c.core.peer(node).up else None
 
     return [(roles, "_ask_to_release", unasked), (Role, "_fence", fence)]
 
@@ -138,8 +138,8 @@ def _role_taken_unasked() -> list[Patch]:
 
 
 def _no_fence() -> list[Patch]:
-    async def fence(self: Role, node: str, _epoch: int) -> str:
-        return node
+    async def fence(self: Role, node: str, _epoch: int) -> float:
+        return 0.0
 
     return [(Role, "_fence", fence)]
 
