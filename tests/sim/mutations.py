@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tests.sim.world import World
+from tests.sim.world import CONFIG, World
 from ukai.blockd import core as block_core
 from ukai.blockd import files, flush, image_store, marks, peer, replica, resync, sums, verify, writes
 from ukai.blockd.activity import Activity
@@ -152,7 +152,10 @@ def _no_lease_wait() -> list[Patch]:
     def lease_end(self: metad_core.Core, node: str) -> float:
         return self.ports.now()
 
-    return [(metad_core.Core, "lease_end", lease_end)]
+    def confirmed_ago_s(_self: replica.Replica, _uuid: str, _node: str) -> float:
+        return CONFIG.lease
+
+    return [(metad_core.Core, "lease_end", lease_end), (replica.Replica, "confirmed_ago_s", confirmed_ago_s)]
 
 
 # --- R4
