@@ -10,7 +10,10 @@ import pytest
 from tests.cluster import Cluster
 from tests.processes.sample import ALL
 
-pytest_plugins = ["tests.plugins.ending", "tests.plugins.leaks", "tests.plugins.logs", "tests.plugins.fuse_required"]
+pytest_plugins = [
+    "tests.sim.ahead",  # first: what others import is not rewritten any more
+    *(f"tests.plugins.{name}" for name in ("ending", "leaks", "logs", "fuse_required")),
+]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

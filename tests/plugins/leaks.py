@@ -15,6 +15,7 @@ import pytest
 from zmq.utils.garbage import GarbageCollectorThread
 
 from tests import cluster, machine, proxy
+from tests.sim import ahead
 
 GRACE_S = 3.0
 
@@ -24,7 +25,8 @@ def _held(paths: pytest.TempPathFactory) -> set[str]:
     # pyzmq's own stays from the first message that was sent without a copy to the end of the process
     threads = (thread for thread in threading.enumerate() if not isinstance(thread, GarbageCollectorThread))
     held = {f"thread {thread.name}" for thread in threads}
-    held |= {f"process {child.pid}" for child in psutil.Process().children(recursive=True)} - _of_clusters()
+    held |= {f"process {child.pid}" for child in psutil.Process().children(recursive=True)}
+    held -= _of_clusters() | {f"process {pid}" for pid in ahead.pids()}
     for fd in Path("/proc/self/fd").iterdir():
         try:
             target = os.readlink(fd)
