@@ -333,6 +333,66 @@ def test_a_peer_that_does_not_read_is_sent_no_more_than_the_limit(
     play(story)
 
 
+def test_what_peers_have_sent_is_taken_in_at_once(tmp_path: Path) -> None:
+    """Without a turn of the loop, and no more than they had sent when it began."""
+    endpoint = f"ipc://{tmp_path}/s"
+
+    async def story() -> None:
+        seen: list[bytes] = []
+
+        def serve(frames: Frames) -> None:
+            seen.append(bytes(frames[1]))
+            if len(seen) == 3:
+                peers[0].sendall(joined([b"came meanwhile"]))
+
+        router = Router(endpoint, LIMIT_BYTES, serve, no_garbage)
+        loop = asyncio.get_running_loop()
+        peers = [await loop.run_in_executor(None, raw, endpoint) for _ in range(2)]
+        for peer in peers:
+            await loop.run_in_executor(None, peer.sendall, greeting("DEALER") + joined([b"hello"]))
+        await until(lambda: len(seen) == 2)
+        sent = [bytes([n]) * 3000 for n in range(20)]
+        for peer in peers:
+            peer.sendall(b"".join(joined([data]) for data in sent))
+        router.take_in()
+        assert sorted(seen[2:]) == sorted(sent * 2)
+        await until(lambda: seen[-1] == b"came meanwhile")
+        for peer in peers:
+            peer.close()
+        router.close()
+
+    play(story)
+
+
+def test_what_was_sent_by_who_died_is_handled(tmp_path: Path) -> None:
+    """Though it takes no answer any more: it may have told others already that it is done."""
+    endpoint = f"ipc://{tmp_path}/s"
+
+    async def story() -> None:
+        seen: list[bytes] = []
+
+        def serve(frames: Frames) -> None:
+            seen.append(bytes(frames[1]))
+            router.send(frames)
+
+        router = Router(endpoint, LIMIT_BYTES, serve, no_garbage)
+        loop = asyncio.get_running_loop()
+        peer = await loop.run_in_executor(None, raw, endpoint)
+        sockets.prepare(peer)
+        await loop.run_in_executor(None, peer.sendall, greeting("DEALER") + joined([b"hello"]))
+        await until(lambda: len(seen) == 1)
+        sent = [n.to_bytes(4, "big") + bytes(10_000) for n in range(80)]
+        assert sum(map(len, sent)) > 2 * zmtp.RECEIVE_BYTES, "more than is handled together"
+        for data in sent:
+            peer.sendall(joined([data]))
+        peer.close()
+        await until(lambda: not router._connections)
+        assert seen[1:] == sent
+        router.close()
+
+    play(story)
+
+
 def test_a_dealer_connects_anew_and_queues_nothing_meanwhile(endpoint: str) -> None:
     got: list[bytes] = []
     ends: list[bytes] = []

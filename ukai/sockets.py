@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import functools
 import itertools
 import logging
 import os
 import socket
+import struct
+import termios
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -94,6 +97,8 @@ class Connection:
         self._lonely = 0
         """How many in a row were sent when no other was under way."""
         self._handling = self._blocked = self._closed = False
+        self._deaf = False
+        """Nothing can be sent any more."""
         sock.setblocking(False)
         prepare(sock)
         self._fd = sock.fileno()
@@ -110,23 +115,30 @@ class Connection:
         if not self._decoder.ready:
             self._ended()
 
-    def _readable(self) -> None:
+    def take_in(self) -> None:
+        """Handle all that the peer has sent by now."""
+        (left,) = struct.unpack("i", fcntl.ioctl(self._fd, termios.FIONREAD, bytes(4)))
+        while left > 0 and (count := self._readable()):
+            left -= count
+
+    def _readable(self) -> int:
+        """Handle what there is; the number of bytes."""
         decoder = self._decoder
         try:
             count = self._sock.recv_into(decoder.space())
         except (BlockingIOError, InterruptedError):
-            return
+            return 0
         except OSError:
             count = 0
         if not count:
             self._ended()
-            return
+            return 0
         try:
             messages = decoder.received(count)
         except RemoteProtocolError as e:
             self._on_garbage(e)
             self._ended()
-            return
+            return count
         self._handling = True
         self._unanswered -= len(messages)
         for frames in messages:
@@ -135,20 +147,21 @@ class Connection:
             except Exception:  # the messages behind it are not to be lost
                 log.exception("defect while a message was handled")
             if self._closed:
-                return
+                return count
         while decoder.pings:
             pong = b"\x04PONG" + decoder.pings.pop(0)
             self._put([bytes((COMMAND, len(pong))) + pong])
         self._handling = False
         if self._answers and self._queue and not self._blocked:
             self._push()
+        return count
 
     def send(self, frames: Sequence[Data]) -> bool:
         """Send without waiting; false when the connection is not ready or too much waits already.
 
         A frame of LARGE_BYTES or more is not copied: it must stay as it is until it is on its way.
         """
-        if self._closed or not self._decoder.ready or self._queue_bytes >= QUEUE_LIMIT_BYTES:
+        if not self._takes() or self._queue_bytes >= QUEUE_LIMIT_BYTES:
             return False
         if self._unanswered <= 0:
             self._unanswered = 0
@@ -157,9 +170,14 @@ class Connection:
             self._lonely = 0
         self._unanswered += 1
         self._put(encode(frames))
-        return not self._closed
+        return self._takes()
+
+    def _takes(self) -> bool:
+        return self._decoder.ready and not self._closed and not self._deaf
 
     def _put(self, parts: list[Data]) -> None:
+        if self._deaf:
+            return
         for part in parts:
             self._queue.append(part)
             self._queue_bytes += len(part)
@@ -187,7 +205,7 @@ class Connection:
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
-                self._ended()
+                self._unheard()
                 return
             self._queue_bytes -= sent
             for part in parts:
@@ -202,6 +220,18 @@ class Connection:
                 self._loop.add_writer(self._fd, self._push)
             else:
                 self._loop.remove_writer(self._fd)
+
+    def _unheard(self) -> None:
+        """The peer takes nothing any more.  What it sent before that is still to be handled: it may count on it."""
+        if not self._answers:
+            self._ended()
+            return
+        self._deaf = True
+        self._queue.clear()
+        self._queue_bytes = 0
+        if self._blocked:
+            self._blocked = False
+            self._loop.remove_writer(self._fd)
 
     def _ended(self) -> None:
         if not self._closed:
@@ -269,6 +299,14 @@ class Router:
             functools.partial(self._connections.pop, name, None),
             self._on_garbage,
         )
+
+    def take_in(self) -> None:
+        """Handle all that peers have sent by now.
+
+        From within the handling of a message this is what came later: only where their order has no meaning.
+        """
+        for connection in list(self._connections.values()):
+            connection.take_in()
 
     def send(self, frames: Sequence[Data]) -> bool:
         """See Connection.send(); false also when the connection that the first frame names has ended."""
