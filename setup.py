@@ -14,12 +14,12 @@ def sources(package: str, names: str) -> list[str]:
 
 
 COORDINATING = sources(
-    "ukai/blockd", "behind coordinator core flush frontends peer readable reads replica server writes"
+    "ukai/blockd", "behind coordinator core flush frontends peer posted readable reads replica server writes"
 )
 OTHERS = [
     *sources("ukai", "faults messages page polling ranges sockets telemetry zmtp"),
     *sources("ukai/blockd", "files generations image_store store"),
-    *sources("ukai/frontend", "client core files line shortcut"),
+    *sources("ukai/frontend", "client core files line posted shortcut"),
 ]
 
 extensions = []

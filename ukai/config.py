@@ -70,6 +70,7 @@ class Config:
     busy_poll_us: int = _key(300, "so long a process looks for the next message before it sleeps", low=0, high=10_000)
     aio: bool = _key(True, "blockd: an fdatasync is done by the kernel's workers instead of a thread of blockd")
     short_circuit: bool = _key(True, "the frontend reads block files of its own node directly")
+    posted_writes: bool = _key(True, "flush images: a write is acknowledged once it is on its way to its node's blockd")
     lent_files_limit: int = _key(1024, "block files that the frontend keeps open", low=1, high=60000)
     change_keep: int = _key(1_000_000, "rows kept in the change table", low=1000, high=10**9)
 

@@ -44,15 +44,28 @@ def test_a_handle_that_its_frontend_has_given_up_is_closed() -> None:
 def test_a_silent_frontend_may_live() -> None:
     """Its handles are closed, and count all the same: a role that moves meanwhile must make them stale (R2)."""
     now = 100.0
-    core = SimpleNamespace(now=lambda: now, config=SimpleNamespace(beat_interval=BEAT_S), inc="i")
+    heard: list[Callable[[], None]] = []
+    ports = SimpleNamespace(take_in=lambda: [hear() for hear in heard])
+    core = SimpleNamespace(now=lambda: now, config=SimpleNamespace(beat_interval=BEAT_S), inc="i", ports=ports)
+    posts: list[str] = []
     image = SimpleNamespace(uuid="u", name=lambda: "disk", idle_since=0.0, flusher=SimpleNamespace(lost="x"))
+    image.posts = posts
     frontends = Frontends(cast(Core, core))
 
     def beat() -> None:
-        frontends.answer({"op": "beat", "frontend": "f", "handles": []}, None, lambda _fields, _payload: None)
+        frontends.answer({"op": "beat", "frontend": "f", "handles": [1]}, None, lambda _fields, _payload: None)
 
     beat()
     frontends.handles[1] = Handle(1, "f", cast(Coordinator, image), 0, now)
+    now += FRONTEND_BEATS * BEAT_S + 0.1
+    heard.append(lambda: posts.append("a write"))
+    frontends.drop_silent()
+    assert frontends.handles, "what it has posted is not done yet"
+    posts.clear()
+    heard[:] = [beat]
+    frontends.drop_silent()
+    assert frontends.handles, "this process was frozen, and not the frontend"
+    heard.clear()
     now += FRONTEND_BEATS * BEAT_S + 0.1
     frontends.drop_silent()
     assert not frontends.handles
@@ -76,7 +89,7 @@ def test_a_silent_frontend_may_live() -> None:
 def test_only_a_write_that_is_flushed_on_the_way_says_that_nothing_is_left_to_flush(
     fields: dict[str, object], stored: When, clean: bool, said: bool
 ) -> None:
-    """The frontend then answers the fsync by itself (R7)."""
+    """The frontend then answers the fsync by itself (R7).  Any other says whether the next may be posted."""
     written: list[tuple[int, bytes, When]] = []
 
     def write(_handle: object, offset: int, data: bytes, _length: int, stored: When, done: Callable[..., None]) -> None:
@@ -87,6 +100,7 @@ def test_only_a_write_that_is_flushed_on_the_way_says_that_nothing_is_left_to_fl
         name=lambda: "disk",
         writes=SimpleNamespace(write=write),
         flusher=SimpleNamespace(clean=lambda: clean),
+        posts=SimpleNamespace(welcome=lambda offset: offset == 5 and clean),
     )
     core = SimpleNamespace(now=lambda: 1.0, inc="i", stopping=False, metrics=Metrics())
     frontends = Frontends(cast(Core, core))
@@ -95,7 +109,8 @@ def test_only_a_write_that_is_flushed_on_the_way_says_that_nothing_is_left_to_fl
     header = {"op": "w", "inc": "i", "h": 1, "o": 5, **fields}
     frontends.answer(header, b"data", lambda fields, _payload: replies.append(fields))
     assert written == [(5, b"data", stored)]
-    assert replies == [{"clean": True} if said else {}]
+    post = {"post": True} if clean and stored is When.LATER else {}
+    assert replies == [{"clean": True} if said else post]
 
 
 @pytest.mark.parametrize(("replication", "told"), [("sync", {}), ("flush", {"err": "stale-handle"})])

@@ -20,7 +20,7 @@ def test_two_who_want_it_given_up_and_one_who_waits() -> None:
 
     async def run() -> None:
         begun, drained = asyncio.Event(), asyncio.Event()
-        drains = 0
+        drains, posted = 0, ["a write"]
 
         async def drain() -> None:
             nonlocal drains
@@ -28,12 +28,18 @@ def test_two_who_want_it_given_up_and_one_who_waits() -> None:
             begun.set()
             await drained.wait()
 
+        async def passed() -> None:
+            assert c.frozen is None, "what is posted is written before"
+            assert c.posts.refusals > 0
+            posted.clear()
+
         async def flush() -> None: ...
 
         def nothing(*_: object) -> None: ...
 
         c = SimpleNamespace(
             uuid="u", epoch=EPOCH, held=True, frozen=None, name=str, changed=nothing,
+            now=asyncio.get_running_loop().time,
             writes=SimpleNamespace(drained=drain),
             activity=SimpleNamespace(active={}, warm=set(), end=nothing),
             flusher=SimpleNamespace(flush=flush),
@@ -41,12 +47,14 @@ def test_two_who_want_it_given_up_and_one_who_waits() -> None:
             core=SimpleNamespace(role_lost=nothing),
             image=SimpleNamespace(block_count=1),
             readable=SimpleNamespace(end=nothing),
+            posts=SimpleNamespace(refusals=0, refuse=lambda: not posted, passed=passed),
         )  # fmt: skip
         c.holds = lambda epoch: c.held and c.epoch == epoch
         role = Role(cast(Coordinator, c))
         deadline = asyncio.get_running_loop().time() + 5
         wanted = [asyncio.ensure_future(role.release(EPOCH, deadline)) for _ in range(2)]
-        await begun.wait()
+        async with asyncio.timeout(5):
+            await begun.wait()
         waits = asyncio.ensure_future(c.frozen.wait())
         drained.set()
         async with asyncio.timeout(5):
@@ -54,6 +62,7 @@ def test_two_who_want_it_given_up_and_one_who_waits() -> None:
             await waits
         assert drains == 1
         assert c.frozen is None
+        assert c.posts.refusals == 0
 
     asyncio.run(run())
 

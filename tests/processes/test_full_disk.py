@@ -109,6 +109,34 @@ def test_full_disk(small_filesystem: Path, make_cluster: MakeCluster, tmp_path: 
     assert cluster.compare_replicas() == 32 + 16
 
 
+@pytest.mark.expect_log(r"(write|fsync) of disk failed")
+def test_what_is_posted_to_a_full_disk_is_written_when_there_is_space(
+    small_filesystem: Path, make_cluster: MakeCluster, tmp_path: Path
+) -> None:
+    """Until then each fsync says that there is none, and what was acknowledged is read (R7, R10)."""
+    place(small_filesystem, tmp_path, 1)
+    cluster = make_cluster(nodes=1, settings={**QUICK, "active_idle": 60, "lease": 15, "replica_timeout": 15})
+    disk = create(cluster, locations=(1,), options=("--replication", "flush"))
+    piece, count = os.urandom(4096), 16
+    with disk.open("r+b", buffering=0) as guest:
+        fd = guest.fileno()
+        for at in range(0, count * 4096, 4096):
+            os.pwrite(fd, b"first" + bytes(4091), at)
+        os.fsync(fd)
+        filler = fill(small_filesystem, 0)
+        cluster.stop(1, "blockd")
+        os.pwrite(fd, piece, BLOCK // 2)
+        cluster.cont(1, "blockd")
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                os.fsync(fd)
+            assert os.pread(fd, 4096, BLOCK // 2) == piece
+        filler.unlink()
+        os.fsync(fd)
+        assert os.pread(fd, 4096, BLOCK // 2) == piece
+    assert read_at(disk, BLOCK // 2, 4096) == piece
+
+
 @pytest.mark.expect_log(r"resync of image disk: failed: .*No space left|out-of-sync: resync interrupted")
 def test_resync_onto_a_full_disk(small_filesystem: Path, make_cluster: MakeCluster, tmp_path: Path) -> None:
     """It fails and says why, harms nobody, and goes well when there is space."""

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import Cluster
-from tests.machine import wait_for
+from tests.machine import process_state, wait_for
 from tests.processes.guest import (
     MARKED,
     QUICK,
     MakeCluster,
     Recorder,
     create,
+    in_sync,
     out_of_sync,
     read_all,
     read_at,
@@ -110,6 +114,134 @@ def test_killed_blockd_loses_nothing(make_cluster: MakeCluster) -> None:
     sync(cluster, "disk")
     cluster.wait_image("disk", "ok")
     assert read_all(disk)[: 2 * MIB] == b"goes on" + data[7:]
+    cluster.compare_replicas("disk")
+
+
+SMALL = 4096
+POSTS = 16
+PATIENT = {**QUICK, "replica_timeout": 15, "lease": 15, "io_timeout": 30, "active_idle": 60}
+"""A blockd may be frozen for a while, and what it has lent stays lent."""
+
+
+def posted(cluster: Cluster, guest: int) -> dict[int, bytes]:
+    """Freeze the guest's blockd; writes that are acknowledged all the same: offset → data."""
+    os.pwrite(guest, bytes(2 * MIB), 0)
+    os.fsync(guest)
+    for at in range(0, POSTS * SMALL, SMALL):  # by the last one at the latest the frontend has the loan
+        os.pwrite(guest, b"old" + bytes(SMALL - 3), at)
+    os.fsync(guest)
+    cluster.stop(1, "blockd")
+    data = {at: os.urandom(SMALL) for at in range(0, POSTS * 2 * SMALL, 2 * SMALL)}
+    for at, piece in data.items():
+        os.pwrite(guest, piece, at)
+    return data
+
+
+def check_posted(disk: Path, data: dict[int, bytes]) -> None:
+    found = read_all(disk)
+    assert {at: found[at : at + SMALL] for at in data} == data
+
+
+@pytest.mark.expect_log(MARKED)
+@pytest.mark.expect_log("blockd")
+def test_what_is_posted_outlives_its_blockd(make_cluster: MakeCluster) -> None:
+    """It was acknowledged and never read from the socket: it is sent to the next one."""
+    cluster = make_cluster(nodes=2, settings=PATIENT)
+    disk = create_flush(cluster)
+    with disk.open("r+b", buffering=0) as guest:
+        data = posted(cluster, guest.fileno())
+        cluster.kill(1, "blockd")
+        cluster.start(1, "blockd")
+        assert os.pread(guest.fileno(), SMALL, 0) == data[0], "sent again or not"
+        os.fsync(guest.fileno())
+        check_posted(disk, data)
+    in_sync(cluster, "disk")
+    check_posted(disk, data)
+    cluster.compare_replicas("disk")
+
+
+@pytest.mark.expect_log(r"open handles are closed")
+def test_what_is_posted_outlives_its_frontend(make_cluster: MakeCluster) -> None:
+    """It is in the socket, and blockd reads that to its end."""
+    cluster = make_cluster(nodes=2, settings=PATIENT)
+    disk = create_flush(cluster)
+    guest = os.open(disk, os.O_RDWR)
+    try:
+        data = posted(cluster, guest)
+        cluster.kill(1, "frontend")
+        cluster.cont(1, "blockd")
+    finally:
+        with contextlib.suppress(OSError):  # its mount is gone
+            os.close(guest)
+    cluster.start(1, "frontend")
+    wait_shown(cluster, "disk")
+    check_posted(disk, data)
+    wait_for(lambda: not cluster.image("disk")["writer"], "the role given back", 30, cluster.tails)
+    cluster.compare_replicas("disk")
+
+
+def test_an_overlapping_write_waits_for_what_is_posted(make_cluster: MakeCluster) -> None:
+    """And so does what is as large as to be sent the usual way, a discard, and an fsync."""
+    cluster = make_cluster(nodes=2, settings=PATIENT)
+    disk = create_flush(cluster)
+    with disk.open("r+b", buffering=0) as guest, ThreadPoolExecutor(3) as beside:
+        fd = guest.fileno()
+        data = posted(cluster, fd)
+        last = 2 * SMALL * (POSTS - 1)
+        small = beside.submit(os.pwrite, fd, b"newer", 0)
+        large = beside.submit(os.pwrite, fd, b"newest" * 20_000, SMALL)
+        read = beside.submit(os.pread, fd, SMALL, last)
+        time.sleep(0.3)
+        assert not any((small.done(), large.done(), read.done()))
+        cluster.cont(1, "blockd")
+        assert (small.result(30), large.result(30)) == (5, 120_000)
+        assert read.result(30) in (data[last], (b"newest" * 20_000)[last - SMALL : last])
+        os.fsync(fd)
+        assert os.pread(fd, SMALL + 6, 0) == b"newer" + data[0][5:] + b"newest"
+    cluster.compare_replicas("disk")
+
+
+def test_switched_off_nothing_is_posted(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(nodes=2, settings={**PATIENT, "posted_writes": "false"})
+    disk = create_flush(cluster)
+    with disk.open("r+b", buffering=0) as guest, ThreadPoolExecutor(1) as beside:
+        writes = beside.submit(posted, cluster, guest.fileno())
+        pid = cluster.process(1, "blockd").pid
+        wait_for(lambda: process_state(pid) == "T", "blockd frozen", 20, cluster.tails)
+        time.sleep(0.3)
+        assert not writes.done()
+        cluster.cont(1, "blockd")
+        check_posted(disk, writes.result(30))
+
+
+def test_what_is_posted_moves_with_the_role(make_cluster: MakeCluster) -> None:
+    """A machine writes all the time, without an fsync, while its image is migrated: what it was told of is there."""
+    cluster = make_cluster(nodes=3, frontends=(1, 3), settings=QUICK)
+    cluster.expect_log(r"write of disk failed")
+    disk = create_flush(cluster, hypervisors=(1, 3))
+    there = cluster.path("disk", 3)
+    wait_shown(cluster, "disk", 3)
+    with disk.open("r+b", buffering=0) as guest, ThreadPoolExecutor(1) as beside:
+        os.pwrite(guest.fileno(), bytes(16 * MIB), 0)
+        written: list[int] = []
+
+        def write() -> None:
+            for number in itertools.count(1):
+                try:
+                    os.pwrite(guest.fileno(), number.to_bytes(8, "big") * (SMALL // 8), number * SMALL % (16 * MIB))
+                except OSError:
+                    return
+                written.append(number)
+
+        writer = beside.submit(write)
+        wait_for(lambda: len(written) > 1000, "writes under way", 30, cluster.tails)
+        cluster.ctl("migrate", "disk", cluster.node(3))
+        writer.result(30)
+        found = read_all(there)
+    for number in written[-16 * MIB // SMALL :]:
+        at = number * SMALL % (16 * MIB)
+        value = int.from_bytes(found[at : at + 8], "big")
+        assert value == number, f"{written[-1] - number} writes before the last one"
     cluster.compare_replicas("disk")
 
 

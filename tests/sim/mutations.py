@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from tests.sim import world
 from tests.sim.world import CONFIG, World
 from ukai.blockd import core as block_core
 from ukai.blockd import files, flush, image_store, marks, peer, replica, resync, sums, verify, writes
@@ -19,11 +20,13 @@ from ukai.blockd.activity import Activity
 from ukai.blockd.behind import Behind
 from ukai.blockd.coordinator import Coordinator
 from ukai.blockd.image_store import ImageStore
+from ukai.blockd.posted import Posts
 from ukai.blockd.readable import Readable
 from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
 from ukai.errors import NoSpace, UkaiError, Unreachable
 from ukai.frontend.core import Overdue
+from ukai.frontend.posted import Posted
 from ukai.frontend.shortcut import Loan, Shortcut
 from ukai.loans import NOT_LENT
 from ukai.metad import acceptance, registration, replicas, roles
@@ -260,6 +263,45 @@ def _failures_behind_forgotten() -> list[Patch]:
 
 def _flush_leaves_behind() -> list[Patch]:
     return [(Behind, "settled", _nothing_later)]
+
+
+# --- posted writes: the same, though they are acknowledged before they have arrived (R1, R2, R7)
+
+
+def _posted_over_another() -> list[Patch]:
+    def may_post(self: Shortcut, loan: Loan, block: int, _offset: int, length: int, now: float) -> bool:
+        return loan.posts and self.posted.room(length) and self.stands(loan, block, now)
+
+    return [(Shortcut, "may_post", may_post), (Posted, "touching", lambda _self, _offset, _end: [])]
+
+
+def _posted_not_seen_by_reads() -> list[Patch]:
+    return [(world, "cover", _nothing)]
+
+
+def _posted_not_sent_again() -> list[Patch]:
+    def failed(self: Posted, number: int) -> None:
+        self.done(number)
+
+    return [(Posted, "failed", failed)]
+
+
+def _posted_while_the_role_is_given_up() -> list[Patch]:
+    """The loan is not taken back, so it is posted after what was posted has been taken in."""
+
+    def refuse(self: Posts, blocks: Any = None) -> bool:
+        self._c.core.ports.take_in()
+        return not self._under_way
+
+    return [(Posts, "refuse", refuse), (Shortcut, "stands", lambda _self, _loan, _block, _now: True)]
+
+
+def _retired_under_posted_writes() -> list[Patch]:
+    def refuse(self: Posts, blocks: Any = None) -> bool:
+        return real(self, blocks) if blocks is None else False
+
+    real = Posts.refuse
+    return [(Posts, "refuse", refuse)]
 
 
 def _handles_outlive_their_writes() -> list[Patch]:
@@ -614,7 +656,13 @@ MUTATIONS = (
         _world("disk", "freeze", "sync", local=False, fault_every_s=0.25),
         (READS,),
     ),
-    Mutation("R3", "a lease of loans is ignored", _lease_of_loans_ignored, _world("split"), (READS,)),
+    Mutation(
+        "R3",
+        "a lease of loans is ignored",
+        _lease_of_loans_ignored,
+        _world("split", "freeze", fault_every_s=0.25),
+        (READS,),
+    ),
     Mutation("R4", "a write under way is read", _write_under_way_is_read, _world("split", slow_ms=5.0), (READS,)),
     Mutation(
         "R3",
@@ -652,8 +700,38 @@ MUTATIONS = (
         "R7",
         "a flush leaves some behind",
         _flush_leaves_behind,
-        _flush("disk", slow_ms=5.0, fault_every_s=0.1),
+        _flush("disk", slow_ms=20.0, fault_every_s=0.1),
         (STORED, DIFFERS),
+    ),
+    Mutation(
+        "R4",
+        "posted over another write",
+        _posted_over_another,
+        _flush("kill blockd", "freeze", fault_every_s=0.3),
+        (READS, STORED),
+    ),
+    Mutation("R4", "reads don't see what is posted", _posted_not_seen_by_reads, _flush("freeze"), (READS,)),
+    Mutation(
+        "R7",
+        "what is posted is not sent again",
+        _posted_not_sent_again,
+        _flush("kill blockd", fault_every_s=0.2),
+        (READS, STORED),
+    ),
+    Mutation(
+        "R2",
+        "posted while the role is given up",
+        _posted_while_the_role_is_given_up,
+        _flush("zombie", fault_every_s=0.2),
+        (READS, *GONE),
+    ),
+    Mutation(
+        "R5",
+        "retired under posted writes",
+        _retired_under_posted_writes,
+        _flush("takeover", "split", rare=["takeover", "split"], fault_every_s=0.3),
+        (READS, *GONE),
+        9.0,
     ),
     Mutation(
         "R5", "writes are not announced", _unannounced, _world("kill blockd", "freeze"), (DIFFERS, LACKS, STORED, READS)

@@ -16,6 +16,7 @@ from tests.sim.guest import SECTOR, Guest, Register
 from tests.sim.loop import CURRENT, VirtualLoop
 from tests.sim.world import CONFIG, METAD, NODES, Frontend, World
 from ukai.errors import UkaiError
+from ukai.frontend.posted import Post
 from ukai.metad.registration import NO_DATA
 from ukai.model import IN_SYNC, Image, written
 
@@ -48,6 +49,7 @@ class Scenario:
     def __init__(self, seed: int, seconds: float = 12.0, forced: dict[str, Any] | None = None) -> None:
         self.world = World(seed)
         self.world.on_power = self._lost
+        self.world.on_posts_lost = self._posts_lost
         chance = self.world.chance
         apart = random.Random(f"{seed} rare")
         self.parameters: dict[str, Any] = {
@@ -297,6 +299,11 @@ class Scenario:
         at = block * BLOCK_BYTES // SECTOR
         for register in self.registers[at : at + BLOCK_BYTES // SECTOR]:
             register.may_be_lost()
+
+    def _posts_lost(self, posts: list[Post]) -> None:
+        for post in posts:
+            for register in self.registers[post.offset // SECTOR : post.end // SECTOR]:
+                register.may_be_lost()
 
     def _lost(self, image: Image) -> None:
         """All that only lay in page caches may be gone where the last copies lost power: no storage can keep that.

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.sim.guest import SECTOR
-from tests.sim.loop import VirtualLoop
+from tests.sim.loop import VirtualLoop, within
 from tests.sim.scenario import BLOCK_BYTES, BLOCKS, bury
 from tests.sim.world import CONFIG, METAD, NODES, Frontend, World
+from ukai.blockd.activity import Activity
 from ukai.blockd.coordinator import Coordinator, Handle
 from ukai.blockd.core import Core
 from ukai.blockd.reads import Reads
@@ -221,6 +222,67 @@ def test_an_early_acknowledgement_whose_fdatasync_fails_is_marked_before_the_fsy
         await frontend.close()
 
     play(pairs)
+
+
+async def nothing(_self: object) -> None:
+    """Takes the place of something."""
+
+
+@pytest.mark.expect_log("the frontend (is silent|was started anew)")
+@pytest.mark.parametrize("then", ["read", "moved", "fenced", "retired", "blockd dies", "frontend dies", "another one"])
+def test_what_is_posted_counts_though_blockd_has_not_read_it(monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    """It lies in a socket when another machine reads or writes, or when a role or a process ends (R1, R2)."""
+    home, there = NODES[:2]
+
+    async def story(world: World) -> None:
+        await world.ctl("image.set", name="disk", replication="flush")
+        world.direct = True
+        frontend, other = Frontend(world, home), Frontend(world, there)
+        beats = [asyncio.create_task(f.keep()) for f in (frontend, other)]
+        while not world.counts.get("posted"):
+            await write(frontend, 1)
+        await frontend.request({"op": "f"}, None, True)
+        server = world.blockds[home]
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "posted", server._posted.append)
+            await frontend.request({"op": "w", "o": BLOCK_BYTES, "s": False}, b"new" + bytes(SECTOR - 3), True)
+        assert len(server._posted) == 1
+        coordinator = server.core.coordinators[image_of(world).uuid]
+        if then == "moved":
+            await write(other, 2)
+        elif then == "fenced":
+            elsewhere = world.blockds[there]
+            peer = within(elsewhere.process, elsewhere.core.peer, home)
+            assert await within(elsewhere.process, asyncio.create_task, peer.settled())
+            fields = {"i": coordinator.uuid, "e": coordinator.epoch + 1}
+            await within(elsewhere.process, asyncio.create_task, peer.ask("fence", fields))
+        elif then == "retired":
+            await within(server.process, asyncio.create_task, coordinator.activity.retire_all())
+        elif then == "blockd dies":
+            world.kill_blockd(home)
+            world.start_blockd(home)
+            await frontend.request({"op": "f"}, None, True)
+        elif then in ("frontend dies", "another one"):
+            world.lose_frontend(home)
+            with monkeypatch.context() as patch:
+                patch.setattr(Activity, "tick", nothing)
+                if then == "another one":
+                    beats.append(asyncio.create_task(Frontend(world, home).keep()))
+                await until(lambda: frontend.number not in server.core.frontends.handles, 60)
+        if then == "read":
+            data = await other.request({"op": "r", "o": BLOCK_BYTES, "l": 3}, None, False)
+            assert bytes(data) == b"new"
+        for copy in (
+            world.copies(1, flushed=False).values() if then == "blockd dies" else [world.copies(1, False)[home]]
+        ):
+            assert bytes(copy[:3]) == b"new"
+        assert then == "blockd dies" or not server._posted
+        for beat in beats:
+            beat.cancel()
+        await frontend.close()
+        await other.close()
+
+    play(story)
 
 
 @pytest.mark.expect_log("store.json can't be written")

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, MutableSequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from ukai.config import Config
 from ukai.errors import NotFound, NotReady, StaleHandle, Timeout, UkaiError, Unreachable
 from ukai.frontend.client import CLOSE_WAIT_S
 from ukai.frontend.core import Habit, Overdue, Verdict, after_error, pause_s
+from ukai.frontend.posted import Post, cover
 from ukai.frontend.shortcut import Loan, Shortcut
 from ukai.frontend.watch import SILENT_QUESTIONS
 from ukai.loans import NOT_LENT
@@ -215,6 +217,8 @@ class Blockd:
         """Requests of frontends that are not answered."""
         self._inbox: list[Callable[[], None]] = []
         """Those that came while it was frozen."""
+        self._posted: deque[Callable[[], None]] = deque()
+        """Posted writes in its sockets."""
         within(self.process, self._start)
 
     @property
@@ -227,6 +231,17 @@ class Blockd:
             self._inbox.append(serve)
         else:
             asyncio.get_running_loop().call_soon(serve, context=self.process.context)
+
+    def posted(self, serve: Callable[[], None]) -> None:
+        """A posted write is in its socket, and handled a while later."""
+        self._posted.append(serve)
+        chance = self.world.chance
+        delay_s = chance.uniform(0, 0.0003) if chance.random() < 0.7 else chance.uniform(0, 0.2)
+        asyncio.get_running_loop().call_later(delay_s, self._take_in, 1, context=self.process.context)
+
+    def _take_in(self, count: int = 0) -> None:
+        for _ in range(min(count or len(self._posted), len(self._posted))):
+            self._posted.popleft()()
 
     def thaw(self) -> None:
         """SIGCONT.  Each request of a frontend has a connection of its own, so those that wait have no order."""
@@ -256,6 +271,7 @@ class Blockd:
             new_id=lambda: f"inc{next(world.numbers)}",
             new_token=lambda: next(world.numbers) << 20,
             new_page=self._new_page,
+            take_in=self._take_in,
             boot_id=world.boots[self.node],
         )
         self.core = BlockCore(world.config, self.node, self.store, self.mirror, ports, Metrics())
@@ -502,6 +518,8 @@ class World:
         self.violations: list[str] = []
         self.on_violation: Callable[[], None] = lambda: None
         self.on_power: Callable[[Image], None] = lambda _: None
+        self.on_posts_lost: Callable[[list[Post]], None] = lambda _: None
+        """What was posted on a node may be lost."""
         """Called when a node has lost power, and when it has registered again and nothing else was asked of it."""
         self.powerless: set[str] = set()
         """Nodes that lost power and whose blockd has not registered since."""
@@ -560,6 +578,7 @@ class World:
         """It says nothing any more."""
         lost = self._frontends.pop(node, None)
         if lost is not None:
+            self.on_posts_lost(lost.not_sent())
             lost.end()
 
     def kill_blockd(self, node: str, power: bool = False) -> None:
@@ -568,6 +587,8 @@ class World:
             self.note(f"{'power off' if power else 'kill'} {node}")
             kill(server.process)
             self.dead.append(server.process)
+            if (frontend := self._frontends.get(node)) is not None:
+                frontend.lost_with.update(frontend.posts())
             self.transports = [t for t in self.transports if t.client.alive and not t.closed]
             for transport in self.transports:
                 if transport.node == node and not power:
@@ -719,6 +740,9 @@ class World:
                 self.epochs.pop((change["node"], change["uuid"]), None)  # an administrator took the image away there
             if change["t"] == "image" and change.get("writer"):
                 self._check_fenced(change["uuid"])
+                for node, frontend in self._frontends.items():
+                    if node != change["writer"]:
+                        self.on_posts_lost(frontend.not_sent())
 
     def _check_fenced(self, uuid: str) -> None:
         """A new writer: of each written block a fenced copy; of the active ones all in-sync copies are (R3)."""
@@ -804,7 +828,13 @@ class FrontendProcess:
         self._shortcuts: dict[str, Shortcut] = {}
         self._closing: set[int] = set()
         self._unanswered = 0
-        self._watching = False
+        self._watching = self._lost = False
+        self.sending_again: dict[str, asyncio.Lock] = {}
+        """By image: held by whoever sees to what was posted."""
+        self.post_answered = asyncio.Event()
+        self._seen_to: set[str] = set()
+        self.lost_with: set[Post] = set()
+        """What was posted to a blockd that has died since."""
 
     def shortcut(self, image: str) -> Shortcut:
         return self._shortcuts.setdefault(image, Shortcut())
@@ -816,7 +846,13 @@ class FrontendProcess:
         self._watching = True
         while self.open or self._closing:
             self.look_around()
+            for image, shortcut in self._shortcuts.items():
+                if shortcut.posted.to_send() is not None and image not in self._seen_to:
+                    self._seen_to.add(image)
+                    asyncio.get_running_loop().create_task(self._see_to(image))
             await asyncio.sleep(CONFIG.beat_interval)
+            if self._lost:
+                return
             numbers = [f.number for f in self.open.values() if f.at == self.inc]
             try:
                 beat = {"op": "beat", "frontend": self.name, "inc": self.inc, "handles": numbers}
@@ -830,7 +866,148 @@ class FrontendProcess:
                 self._unanswered += 1
         self._watching = False
 
+    async def _see_to(self, image: str) -> None:
+        """What failed is sent again though nobody asks for it."""
+        try:
+            await self.settle(image, asyncio.get_running_loop().time() + CONFIG.io_timeout)
+        except UkaiError as e:
+            self.world.note(f"posted writes are not done yet: {e.message}")
+        finally:
+            self._seen_to.discard(image)
+
+    async def await_own(self, frontend: Frontend, number: int, post: Post) -> None:
+        """Have one done whose caller waits.  Raises UkaiError."""
+        shortcut, deadline = frontend.shortcut, asyncio.get_running_loop().time() + CONFIG.io_timeout
+        try:
+            lock = await self._locked(frontend.image, deadline)
+        except Timeout:
+            post.withdrawn = True
+            raise
+        try:
+            while number in shortcut.posted.posts:
+                if post.failed:
+                    await self._send_again(shortcut, number, post, deadline)
+                else:
+                    await self._await_post(deadline)
+            if frontend.stale:
+                raise StaleHandle(frontend.stale)
+        except UkaiError:
+            post.withdrawn = True
+            if post.failed:
+                self.post_done(shortcut, number)
+            raise
+        finally:
+            lock.release()
+
+    async def _locked(self, image: str, deadline: float) -> asyncio.Lock:
+        lock = self.sending_again.setdefault(image, asyncio.Lock())
+        try:
+            async with asyncio.timeout_at(deadline):
+                await lock.acquire()
+        except TimeoutError:
+            raise Timeout("earlier writes have not been answered") from None
+        return lock
+
+    async def _await_post(self, deadline: float) -> None:
+        self.post_answered.clear()
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self.post_answered.wait()
+        except TimeoutError:
+            raise Timeout("a posted write has not been answered") from None
+
+    async def settle(self, image: str, deadline: float) -> None:
+        """Have all posted writes done.  Raises UkaiError."""
+        shortcut = self.shortcut(image)
+        lock = await self._locked(image, deadline)
+        try:
+            while shortcut.posted.posts:
+                if shortcut.posted.unanswered():
+                    await self._await_post(deadline)
+                elif (again := shortcut.posted.to_send()) is not None:
+                    await self._send_again(shortcut, *again, deadline)
+        finally:
+            lock.release()
+
+    async def _send_again(self, shortcut: Shortcut, number: int, post: Post, deadline: float) -> None:
+        frontend: Frontend = post.handle
+        if post.withdrawn:
+            self.post_done(shortcut, number)
+            return
+        if frontend.number not in self.open:
+            self.give_up(shortcut, number)
+            return
+        header = {"op": "w", "o": post.offset, "s": False, "p": True}
+        self.world.count("posted writes sent again")
+        try:
+            await frontend._request(header, post.data, True, deadline)
+        except StaleHandle:
+            self.give_up(shortcut, number)
+        else:
+            self.post_done(shortcut, number)
+
+    def post_done(self, shortcut: Shortcut, number: int) -> None:
+        if (post := shortcut.posted.done(number)) is not None:
+            shortcut.write_ends(post.key)
+
+    def give_up(self, shortcut: Shortcut, number: int) -> None:
+        post = shortcut.posted.posts[number]
+        if post.told:
+            self.world.on_posts_lost([post])
+        self.post_done(shortcut, number)
+
+    def posts(self) -> list[Post]:
+        return [post for s in self._shortcuts.values() for post in s.posted.posts.values()]
+
+    def not_sent(self) -> list[Post]:
+        """Posted writes that no blockd has."""
+        return [post for post in self.posts() if post.failed or post in self.lost_with]
+
+    async def close_posts(self, frontend: Frontend) -> None:
+        """Before its handle is closed."""
+        shortcut = frontend.shortcut
+        if not shortcut.posted.posts:
+            return
+        try:
+            await self.settle(frontend.image, asyncio.get_running_loop().time() + CONFIG.io_timeout)
+        except UkaiError as e:
+            self.world.note(f"posted writes are not done at the close: {e.message}")
+            for number, post in list(shortcut.posted.posts.items()):
+                if post.handle is frontend and post.failed:
+                    self.give_up(shortcut, number)
+
+    def post(self, frontend: Frontend, number: int, header: Header, post: Post) -> bool:
+        """Put a write into blockd's socket; whether it is there."""
+        loop = asyncio.get_running_loop()
+        server = self.world.blockds.get(self.node)
+        if server is None or not server.alive or server.core.inc != header["inc"]:
+            post.failed = True
+            return False
+        shortcut, block = frontend.shortcut, post.offset // frontend.block_size
+        future: asyncio.Future[Header] = loop.create_future()
+
+        def reply(fields: Header, _data: Any) -> None:
+            loop.call_later(0.00005, _resolve, future, dict(fields), context=NOBODY)
+
+        def answered(ended: asyncio.Future[Header]) -> None:
+            server.asked.pop(ended, None)
+            if ended.exception() is not None or "err" in ended.result():
+                shortcut.posted.failed(number)
+                if post.withdrawn:
+                    self.post_done(shortcut, number)
+            else:
+                shortcut.told(block, ended.result().get("post") is True)
+                self.post_done(shortcut, number)
+            self.post_answered.set()
+
+        server.asked[future] = None
+        future.add_done_callback(answered, context=NOBODY)
+        asked = unpackb(messages.pack(header))
+        server.posted(functools.partial(server.core.frontends.answer, asked, post.data, reply))
+        return True
+
     def end(self) -> None:
+        self._lost = True
         self.open.clear()
         self._closing.clear()
 
@@ -918,11 +1095,24 @@ class Frontend:
 
     async def request(self, header: Header, payload: bytes | None, op_changes: bool) -> Any:
         """One request, as often as it takes, within io_timeout.  Raises UkaiError for what the guest sees as EIO."""
+        deadline = asyncio.get_running_loop().time() + CONFIG.io_timeout
+        posted = self.shortcut.posted
         if header["op"] == "r":
-            data = await self._direct(header["o"], header["l"]) if self.world.direct else None
-            return data if data is not None else (await self._request(header, None, op_changes))[1]
+            posts = posted.seen(header["o"], header["o"] + header["l"])
+            data = await self._direct(header["o"], header["l"]) if self.world.direct and not posts else None
+            if data is None:
+                data = (await self._request(header, None, op_changes))[1]
+            if not posts:
+                return data
+            self.world.count("reads of what is posted")
+            whole = bytearray(data)
+            cover(posts, header["o"], whole)
+            return whole
         if header["op"] == "f":
             self.habit.fsync_begins()
+            if posted.posts:
+                self.world.count("flushes that wait for posted writes")
+                await self.process.settle(self.image, deadline)
             if self.shortcut.flushed:
                 self.world.count("flushes that ask nobody")
                 return None
@@ -930,14 +1120,48 @@ class Frontend:
         if self.habit.write_begins() and header["op"] == "w":
             header = {**header, "f": True}
             self.world.count("flushed on the way")
+        elif header["op"] == "w" and not header["s"] and payload and await self._post(header, payload):
+            return None
+        length = header.get("l", len(payload or b""))
+        if header["s"] or posted.touching(header["o"], header["o"] + length):
+            await self.process.settle(self.image, deadline)
         key = self.shortcut.write_begins(header["o"], header.get("l", len(payload or b"")))
         clean = False
         try:
             reply, data = await self._request(header, payload, op_changes)
             clean = bool(reply.get("clean"))
+            block = header["o"] // self.block_size
+            if self.shortcut.told(block, reply.get("post") is True) and self.world.direct:
+                await self._borrow(block)
             return data
         finally:
             self.shortcut.write_ends(key, clean)
+
+    async def _post(self, header: Header, payload: bytes) -> bool:
+        """Send a write that nobody waits for; any time may pass before it is sent, and before the second look."""
+        loop = asyncio.get_running_loop()
+        block, within_block = divmod(header["o"], self.block_size)
+        loan, length = self.shortcut.loans.get(block), len(payload)
+        lock = self.process.sending_again.setdefault(self.image, asyncio.Lock())
+        if loan is None or not self.at or self.stale or within_block + length > self.block_size or lock.locked():
+            return False
+        if self.image in self.process.overdue.by_image:
+            return False
+        if not self.shortcut.may_post(loan, block, header["o"], length, loop.time()):
+            return False
+        key, number = self.shortcut.write_begins(header["o"], length), next(self.world.numbers)
+        post = Post(key, self, header["o"], payload)
+        self.shortcut.posted.begins(number, post)
+        fields = {**header, "h": self.number, "inc": self.at, "p": True}
+        await asyncio.sleep(self._pause_s())
+        sent = self.process.post(self, number, fields, post)
+        await asyncio.sleep(self._pause_s())
+        if not sent or not self.shortcut.stands(loan, block, loop.time()):
+            self.world.count("posted writes that wait after all")
+            await self.process.await_own(self, number, post)
+        post.told = True
+        self.world.count("posted")
+        return True
 
     async def _direct(self, offset: int, length: int) -> bytes | None:
         """Read a lent block file; any time may pass between the looks at the page."""
@@ -984,9 +1208,11 @@ class Frontend:
         if done and (loan := future.result()) is not None:
             self.shortcut.take(block, loan)
 
-    async def _request(self, header: Header, payload: bytes | None, op_changes: bool) -> tuple[Header, Any]:
+    async def _request(
+        self, header: Header, payload: bytes | None, op_changes: bool, deadline: float = 0.0
+    ) -> tuple[Header, Any]:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + CONFIG.io_timeout
+        deadline = deadline or loop.time() + CONFIG.io_timeout
         writes = self.image if header["op"] in ("w", "z") else ""
         for attempt in itertools.count():
             if self.stale and op_changes:
@@ -1039,4 +1265,5 @@ class Frontend:
 
     async def close(self) -> None:
         """As the kernel does when the guest is gone: what it was not answered in time may be under way still."""
+        await self.process.close_posts(self)
         await self.process.close(self.number)

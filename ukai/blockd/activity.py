@@ -268,10 +268,11 @@ class Activity:
             refused = await self._stamp(unstamped)
             self.warm.update(b for b in unstamped if b not in refused)
             blocks = [b for b in blocks if b not in refused]
+        c.posts.refuse(blocks)  # what was posted is in a block that is active
         for block in blocks:
             c.hot.pop(block, None)
             self.warm.discard(block)  # from now on a write waits for the lock
-        ready = [b for b in blocks if b not in c.inflight and b in self.active]
+        ready = [b for b in blocks if b not in c.inflight and b in self.active and not c.posts.touches(b)]
         asked: list[int] = []
         try:
             if c.flusher.needed(ready):

@@ -45,6 +45,9 @@ class Behind:
         """Whether a write must wait; one that has ``waited`` is not held up by those behind it."""
         return (bool(self._queue) and not waited) or not self._fits(length)
 
+    def half_full(self) -> bool:
+        return self._used_bytes > self._window_bytes // 2
+
     def _fits(self, length: int) -> bool:
         return not self._used_bytes or self._used_bytes + length <= self._window_bytes
 

@@ -15,6 +15,7 @@ from ukai.blockd.activity import Activity
 from ukai.blockd.behind import Behind
 from ukai.blockd.flush import Flusher
 from ukai.blockd.marks import INTERRUPTED, Marker, kept
+from ukai.blockd.posted import Posts
 from ukai.blockd.readable import Readable
 from ukai.blockd.reads import Reads
 from ukai.blockd.role import Role
@@ -73,6 +74,7 @@ class Coordinator:
         self.role = Role(self)
         self.writes = Writes(self)
         self.behind = Behind(self, config.flush_window)
+        self.posts = Posts(self)
         self.reads = Reads(self)
         self.activity = Activity(self, config.active_limit, config.active_idle, config.active_age)
         self.flusher = Flusher(self)
@@ -144,6 +146,7 @@ class Coordinator:
         )
 
     def _suspect(self, block: int) -> None:
+        self.posts.refuse([block])  # the local copy has what was posted, though metad may not be reached for long
         self.hot.pop(block, None)
         self.readable.drop(block)
 

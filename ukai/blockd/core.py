@@ -76,6 +76,8 @@ class Ports:
     new_token: Callable[[], int]
     new_page: Callable[[str, int], Page]
     """For the loans of an image of so many blocks.  Raises OSError."""
+    take_in: Callable[[], None]
+    """Hear all that frontends have sent by now."""
     boot_id: str
 
 
@@ -90,7 +92,7 @@ class Core:
         self.inc = ports.new_id()
         self.run_disk = ports.run_disk
         self.replica = Replica(store, self.inc, ports.new_token(), ports.run_disk, ports.sync, self.now)
-        self.replica.on_epoch = self._epoch_seen
+        self.replica.before_epoch, self.replica.on_epoch = self._epoch_comes, self._epoch_seen
         self.replica.boot_id = ports.boot_id
         self.lease_until = float("-inf")
         self.registered = False
@@ -148,6 +150,12 @@ class Core:
 
     def roles(self) -> dict[str, int]:
         return {uuid: c.epoch for uuid, c in self.coordinators.items() if c.held}
+
+    def _epoch_comes(self, uuid: str, epoch: int) -> None:
+        """Of another writer: what was posted here belongs to the time before (R1)."""
+        c = self.coordinators.get(uuid)
+        if c is not None and c.held and epoch > c.epoch:
+            c.posts.refuse()
 
     def _epoch_seen(self, uuid: str, epoch: int) -> None:
         c = self.coordinators.get(uuid)
@@ -376,6 +384,8 @@ class Core:
 
     async def stop(self) -> None:
         """Drain: give all roles up, flushed, so that the next process has nothing to reconcile."""
+        for c in self.coordinators.values():
+            c.posts.refuse()
         self.stopping = True
         held = [c for c in self.coordinators.values() if c.held]
         for done in await asyncio.gather(*(self._give_up(c) for c in held), return_exceptions=True):
@@ -433,5 +443,6 @@ class Core:
             raise NotCoordinator("this node is not the writer")
         async with asyncio.timeout(self.config.io_timeout):
             length = integer(header, "l", 1, TRANSFER_LIMIT_BYTES)
+            await c.posts.passed()
             data = await c.reads.read_held(integer(header, "o"), length, elsewhere=True)
         return {}, data

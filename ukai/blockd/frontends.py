@@ -56,7 +56,8 @@ class Frontends:
 
     def drop_silent(self) -> None:
         limit = self._core.now() - FRONTEND_BEATS * self._core.config.beat_interval
-        for frontend in [f for f, at in self.beats.items() if at < limit]:
+        silent = [f for f, at in self.beats.items() if at < limit]
+        for frontend in [f for f in silent if self._has_done_all(f) and self.beats[f] < limit]:
             del self.beats[frontend]
             self._silent.setdefault(frontend, Counter()).update(self._held_by(frontend))
             self._close_frontend(frontend, "is silent")
@@ -68,6 +69,11 @@ class Frontends:
     def _held_by(self, frontend: str = "") -> Counter[str]:
         """image → handles, of one frontend or of all."""
         return Counter(h.coordinator.uuid for h in self.handles.values() if frontend in ("", h.frontend))
+
+    def _has_done_all(self, frontend: str) -> bool:
+        """Hear it out, as after a freeze of this process; whether all that it has posted is done."""
+        self._core.ports.take_in()
+        return not any(h.coordinator.posts for h in self.handles.values() if h.frontend == frontend)
 
     def _close_frontend(self, frontend: str, why: str) -> None:
         mine = [h for h in self.handles.values() if h.frontend == frontend]
@@ -108,7 +114,7 @@ class Frontends:
     def _frontend_beat(self, header: Header) -> Header:
         frontend = text(header, "frontend")
         for old in [f for f in self.beats if f != frontend]:
-            if not any(h.frontend == frontend for h in self.handles.values()):
+            if not any(h.frontend == frontend for h in self.handles.values()) or not self._has_done_all(old):
                 continue
             self._close_frontend(old, "was started anew")
             del self.beats[old]
@@ -136,8 +142,12 @@ class Frontends:
             raise StaleSession("this handle is not open here; open the image anew")
         return handle
 
-    def _answer(self, reply: Reply, c: Coordinator, op: str, size: int, fsync: bool = False) -> Callable[..., None]:
-        """Reply and count; with ``fsync`` also say whether one would have nothing to do."""
+    def _answer(
+        self, reply: Reply, c: Coordinator, op: str, size: int, fsync: bool = False, post_at: int = -1
+    ) -> Callable[..., None]:
+        """Reply and count; with ``fsync`` also say whether one would have nothing to do, with ``post_at`` whether a
+        write there may be posted.
+        """
         began = self._core.now()
         stats = self._core.metrics.op(op, c.name())
 
@@ -149,6 +159,8 @@ class Frontends:
                 reply({"lend": True}, data)
             elif fsync and c.flusher.clean():
                 reply({"clean": True}, data)
+            elif post_at >= 0 and c.posts.welcome(post_at):
+                reply({"post": True}, data)
             else:
                 reply({}, data)
 
@@ -191,7 +203,10 @@ class Frontends:
         else:
             raise RemoteProtocolError(f"a write carries 1 to {TRANSFER_LIMIT_BYTES} bytes")
         offset = integer(header, "o")
-        done = self._answer(reply, c, op, length, stored is not When.LATER)
+        later = stored is When.LATER
+        done = self._answer(reply, c, op, length, not later, offset if later and op == "write" else -1)
+        if header.get("p") is True:
+            done = c.posts.begins(offset, done)
         c.writes.write(handle, offset, payload, length, stored, done)
 
     def _flush(self, header: Header, _payload: Payload | None, reply: Reply) -> None:

@@ -41,8 +41,8 @@ class Marker:
         future = self._waiting.get(key)
         if future is None:
             future = self._waiting[key] = asyncio.get_running_loop().create_future()
+            self._on_begin(block)  # what it takes in is written while nothing is pending
             self.pending.setdefault(block, {})[node] = reason
-            self._on_begin(block)
             if self._task is None:
                 self._task = asyncio.get_running_loop().create_task(self._pursue(), name="marks")
         return future

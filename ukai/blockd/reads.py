@@ -110,6 +110,7 @@ class Reads:
             block in c.readable.stores
             and c.held
             and c.frozen is None
+            and not c.posts.refusals
             and c.now() < c.core.lease_until
             and block not in c.inflight
             and block not in c.marker.pending
@@ -122,6 +123,10 @@ class Reads:
     def lend(self, block: int) -> Lent:
         """Lend a block to the frontend.  Raises NotReady where it can't be lent now, DiskError."""
         c = self._c
+        hot = c.hot.get(block)
+        if hot is not None and hot.local is not None and self._readable_at(c.own, block, hot.generation):
+            hot.local.check(block, hot.generation)
+            c.readable.stores.setdefault(block, hot.local)  # it is written, and need not have been read before
         if not self._lendable(block):
             raise NotReady(f"block {block} can't be lent now")
         store = c.readable.stores[block]

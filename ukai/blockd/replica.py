@@ -122,6 +122,7 @@ class Replica:
         self._began = now()
         self._confirmed: dict[str, tuple[Collection[str], float]] = {}
         """node → images whose role it held at its last ping, and when that was answered."""
+        self.before_epoch: Callable[[str, int], None] = lambda uuid, epoch: None
         self.on_epoch: Callable[[str, int], None] = lambda uuid, epoch: None
         """Called when an image's epoch has grown: a coordinator on this node may have lost its role."""
         self.numbered: dict[str, Callable[[Header, Payload | None], Answer | Later | Awaitable[Answer]]] = {
@@ -224,6 +225,7 @@ class Replica:
     def _admit(self, image: ImageStore, epoch: int) -> None:
         """Once all fields are known to be good (R1).  Raises StaleEpoch, DiskError."""
         if epoch != image.epoch:
+            self.before_epoch(image.uuid, epoch)
             image.admit(epoch)
             self.on_epoch(image.uuid, epoch)
 

@@ -7,6 +7,7 @@ a replica knows a higher epoch, or some time after the last handle was closed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -126,11 +127,24 @@ class Role:
 
     async def release(self, epoch: int, deadline: float) -> bool:
         """Drain, flush and give the role up; whether nothing is left active.  Requests wait meanwhile."""
+        self._c.posts.refusals += 1
+        try:
+            return await self._release(epoch, deadline)
+        finally:
+            self._c.posts.refusals -= 1
+
+    async def _release(self, epoch: int, deadline: float) -> bool:
         c = self._c
-        while c.frozen is not None:
-            await c.frozen.wait()  # it is being given up already, by this node's own accord or because metad asked
-        if not c.holds(epoch):
-            return self._released == epoch
+        while True:
+            while c.frozen is not None:
+                await c.frozen.wait()  # it is being given up already, by this node's own accord or because metad asked
+            if not c.holds(epoch):
+                return self._released == epoch
+            if c.posts.refuse() or c.now() >= deadline:
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await c.posts.passed()
         c.frozen = asyncio.Event()
         clean = False
         try:

@@ -169,6 +169,7 @@ class BlockServer:
             new_id=lambda: uuid.uuid4().hex[:16],
             new_token=lambda: secrets.randbits(48) << 12,
             new_page=self._lender.new_page,
+            take_in=lambda: self._routers[0].take_in(),
             boot_id=boot_id,
         )
         self.core = Core(config, node, self.store, self.mirror, ports, telemetry.metrics)

@@ -121,6 +121,8 @@ class Handle:
     epoch: int = NEW_HANDLE_EPOCH
     at: str = ""
     stale: str = ""
+    lost: str = ""
+    """What the next fsync must tell: a write was posted, and can't be done any more (R7)."""
     gate: Any = None
     """Lets one thread at a time open the handle again."""
     shortcut: Shortcut = field(default_factory=Shortcut)

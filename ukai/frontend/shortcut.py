@@ -7,6 +7,8 @@ as long as it might still be done.
 
 And when an fsync needs no round to blockd: a write that was alone from its beginning to its answer, with the answer
 that nothing is left to be flushed, has seen all that the image's handles here have written (R7).
+
+And when a write to a flush image needs no answer before its caller has one; ``posted.py`` says why it may.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from ukai.frontend.posted import POST_LIMIT_BYTES, Posted
 from ukai.loans import ZEROS, Page
 
 
@@ -27,18 +30,21 @@ class Loan:
     file: Any
     """Closed when the last reader lets go of it; None: the block reads as zeros."""
     used: bool = True
+    posts: bool = False
+    """blockd answers a write to it when its own file has it: it may be posted."""
 
 
 class Shortcut:
     """The loans of one image and its writes under way; shared by all handles of it."""
 
-    __slots__ = ("_alone", "_keys", "flushed", "loans", "page", "writes")
+    __slots__ = ("_alone", "_keys", "flushed", "loans", "page", "posted", "writes")
 
     def __init__(self) -> None:
         self.page: Page | None = None
         self.loans: dict[int, Loan] = {}
         self.writes: dict[int, tuple[int, int]] = {}
         """key → first byte and end of a write or discard that has no answer."""
+        self.posted = Posted()
         self.flushed = False
         """All that was written here is on the disks; an fsync has nothing to do."""
         self._alone = -1
@@ -72,15 +78,32 @@ class Shortcut:
 
     def good(self, loan: Loan, block: int, offset: int, length: int, now: float) -> bool:
         """Whether a read is allowed now.  Asked before and after: what lies between may be any length of time."""
+        return self.stands(loan, block, now) and not (self.writes and self._written(offset, offset + length))
+
+    def stands(self, loan: Loan, block: int, now: float) -> bool:
+        """Whether blockd has not taken the loan back."""
         page = loan.page
-        if now >= page.lease[0] or page.numbers[block] != loan.number:
-            return False
-        if self.writes:
-            end = offset + length
-            for first, last in list(self.writes.values()):
-                if offset < last and first < end:
-                    return False
-        return True
+        return now < page.lease[0] and page.numbers[block] == loan.number
+
+    def _written(self, offset: int, end: int) -> bool:
+        """Whether a write of this part is under way."""
+        return any(offset < last and first < end for first, last in list(self.writes.values()))
+
+    def may_post(self, loan: Loan, block: int, offset: int, length: int, now: float) -> bool:
+        """Whether a write may be sent as a posted one; ``stands`` has to say so again once it is sent."""
+        return (
+            loan.posts
+            and length <= POST_LIMIT_BYTES
+            and self.posted.room(length)
+            and self.good(loan, block, offset, length, now)
+        )
+
+    def told(self, block: int, posts: bool) -> bool:
+        """A write was answered, and may be posted the next time; whether a loan has to be asked for first."""
+        loan = self.loans.get(block)
+        if loan is not None:
+            loan.posts = posts
+        return posts and loan is None
 
     def take(self, block: int, loan: Loan) -> None:
         """blockd has lent a block."""
