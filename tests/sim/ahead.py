@@ -94,10 +94,15 @@ def main() -> None:
 
     if "--idle" in sys.argv:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    jobs: Jobs = {**test_mutations.JOBS, **test_seeds.JOBS}
     with ThreadPoolExecutor(HANDS) as hands:
-        for name, told in zip(jobs, hands.map(lambda work: work(), jobs.values()), strict=True):
-            sys.stdout.write(json.dumps([name, told]) + "\n")
+
+        def done(jobs: Jobs) -> dict[str, Records]:
+            return dict(zip(jobs, hands.map(lambda job: job(), jobs.values()), strict=True))
+
+        told = done({**test_mutations.JOBS, **test_seeds.JOBS})
+        told |= done(test_mutations.unbroken(told))
+    for item in told.items():
+        sys.stdout.write(json.dumps(item) + "\n")
 
 
 if __name__ == "__main__":
