@@ -37,6 +37,12 @@ def write(image: ImageStore, block: int, offset: int, data: bytes, generation: i
     image.write(block, offset, data, generation)
 
 
+def drop(store: Store) -> None:
+    """Delete the image, as blockd does with a thread."""
+    store.drop(UUID, "image01")()
+    store.forget(UUID)
+
+
 def flush(image: ImageStore, blocks: list[int]) -> dict[int, str]:
     """What ``Replica.flush`` does, without a thread: block → reason for those that failed."""
     image.take_unflushed()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.blockd.faults import FAULTS, FaultyDisk
-from tests.blockd.files import FORMAT, STORE_ID, UUID, descriptors, flush, open_store, pattern, write
+from tests.blockd.files import FORMAT, STORE_ID, UUID, descriptors, drop, flush, open_store, pattern, write
 from ukai.blockd.image_store import ImageStore
 from ukai.blockd.store import Store
 from ukai.errors import Damaged, StaleEpoch, UkaiError
@@ -247,10 +247,10 @@ def test_a_failed_create_leaves_no_trace_and_a_failed_drop_can_be_finished(tmp_p
                 with contextlib.suppress(UkaiError):
                     write(store.image(UUID), block, 0, b"x", 1)
             fired = disk.fired
-            if failure(lambda: store.drop(UUID, "image01")):
+            if failure(lambda: drop(store)):
                 assert disk.fired != fired
                 if UUID in store.images:
-                    store.drop(UUID, "image01")
+                    drop(store)
             assert not [p for p in root.glob("image01/*") if not p.name.startswith(".")]
         finally:
             store.close()

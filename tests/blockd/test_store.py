@@ -23,6 +23,7 @@ from tests.blockd.files import (
     UUID,
     block_path,
     descriptors,
+    drop,
     flush,
     flush_these,
     new_image,
@@ -36,7 +37,7 @@ from ukai.blockd.disk import PIECE_BYTES, Disk
 from ukai.blockd.files import GENERATIONS, HASH_BYTES, HOLE, META, TEMPORARY, write_all
 from ukai.blockd.image_store import Borrowed, ImageStore
 from ukai.blockd.store import Store
-from ukai.errors import Busy, Damaged, DiskError, Exists, NoSpace, NotFound, StaleEpoch, UkaiError, UsageError
+from ukai.errors import Busy, Damaged, DiskError, Exists, NoSpace, NotFound, NotReady, StaleEpoch, UkaiError, UsageError
 
 SIZES = [(40960, 8192), (8192, 8192), (20000, 5000), (20480, 5000), (100_000_000, 50_000_000), (12288, 12288)]
 
@@ -744,16 +745,16 @@ def test_drop_deletes_the_image_and_leaves_foreign_files(store: Store, root: Pat
     for block in range(5):
         write(image, block, 0, b"x", 2)
     (root / "image01" / "notes.txt").write_bytes(b"mine")
-    store.drop(UUID, "image01")
+    drop(store)
     assert os.listdir(root / "image01") == ["notes.txt"]
     assert store.images == {}
     with pytest.raises(NotFound):
-        store.drop(UUID, "image01")
+        drop(store)
 
 
 def test_drop_of_an_image_of_our_own_leaves_nothing(store: Store, root: Path) -> None:
     write(new_image(store), 0, 0, b"x", 2)
-    store.drop(UUID, "image01")
+    drop(store)
     assert os.listdir(root) == [".ukai"]
 
 
@@ -776,21 +777,39 @@ def test_what_was_dropped_during_a_flush_is_not_noted_as_failed(store: Store, ch
     write(image, 0, 0, b"x", 2)
     write(image, 1, 0, b"y", 2)
     work = image.flush_begin([0, 1])
-    image.drop([(1, 1)])
+    image.drop([(1, 1)])()
     assert fails(work) == [0, 1], "who waits for it hears of it"
     assert list(image.poisoned) == [0]
     write(image, 2, 0, b"z", 2)
     work = image.flush_begin([2])
-    store.drop(UUID, "image01")
+    drop(store)
     assert fails(work) == [2]
     assert image.poisoned == {}
+
+
+def test_while_a_thread_deletes_block_files_none_are_made_there(store: Store) -> None:
+    """It would delete these too: an administrator may take a location back in before the old files are gone."""
+    image = new_image(store)
+    for block in range(3):
+        write(image, block, 0, b"x", 2)
+    delete = image.drop([(0, 1)])
+    assert [block_path(store, b).exists() for b in range(3)] == [True] * 3
+    for make in (lambda: image.ready(1, 3, 0), lambda: image.renew(1)):
+        with pytest.raises(NotReady, match="is being deleted"):
+            make()
+    image.ready(2, 3, 2)
+    delete()
+    assert [block_path(store, b).exists() for b in range(3)] == [False, False, True]
+    image.ready(1, 3, 0)
+    image.renew(0)
+    assert image.read(1, 0, 1) == b"\0"
 
 
 def test_drop_of_blocks_forgets_exactly_those(reopen: OpenStore) -> None:
     image = new_image(reopen())
     for block in range(5):
         write(image, block, 0, b"x", 2)
-    image.drop([(1, 2), (4, 4000)])
+    image.drop([(1, 2), (4, 4000)])()
     assert [block_path(image.store, b).exists() for b in range(5)] == [True, False, False, True, False]
     assert image.unflushed == {0, 3}
     assert reopen().image(UUID).inventory()["gens"] == [[0, 0, 2], [3, 3, 2]]

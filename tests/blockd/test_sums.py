@@ -126,7 +126,7 @@ def test_a_process_that_dies_between_sums_and_data(reopen: OpenStore, monkeypatc
 def test_a_deleted_or_renewed_block_begins_with_zeros(store: Store) -> None:
     image = new_image(store)
     put(image, 0, 0, pattern(BLOCK, 1))
-    image.drop([(0, 0)])
+    image.drop([(0, 0)])()
     put(image, 0, 100, b"x", 2)
     assert image.read(0, 0, 200) == bytes(100) + b"x" + bytes(99)
     image.poisoned[0] = "its flush failed"

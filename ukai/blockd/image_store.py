@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -32,9 +33,9 @@ from ukai.blockd.files import (
 )
 from ukai.blockd.generations import Generations
 from ukai.blockd.sums import Sums
-from ukai.errors import Damaged, DiskError, StaleEpoch, UkaiError
+from ukai.errors import Damaged, DiskError, NotReady, StaleEpoch, UkaiError
 from ukai.model import check_sizes
-from ukai.ranges import RangeMap, join
+from ukai.ranges import RangeMap, RangeSet, join
 
 if TYPE_CHECKING:
     from ukai.blockd.store import Store
@@ -71,6 +72,8 @@ class ImageStore:
         """Those of a former process, until metad has heard of them."""
         self.remade: set[int] = set()
         """Blocks that this process made ready for a resync: they are of no generation until they are whole (R11)."""
+        self._deleting: list[RangeSet] = []
+        """Blocks whose files a thread is deleting."""
         self._gens = Generations(self.disk, self.directory, self.block_count, self.poisoned)
         self.generations = self._gens.numbers
 
@@ -207,6 +210,7 @@ class ImageStore:
         have = self.generations[block]
         if generation == have and have:
             return self.file(block)
+        self._check_kept(block)
         if generation < have:
             raise StaleEpoch(f"generation {generation} of block {block} is over; this node has {have}")
         self.check_least(block, least)
@@ -498,6 +502,7 @@ class ImageStore:
         the page cache shows of it may not be on the disk.  Until it is whole it is of no generation, so that it
         can't pass for a good one.  Raises DiskError, NoSpace.
         """
+        self._check_kept(block)
         path = self.path(block)
         self.store.forget_files(self.uuid, block)
         self.failed_before.pop(block, None)
@@ -664,19 +669,40 @@ class ImageStore:
         """Raises DiskError where the last flush could not store the generations (R7)."""
         self._gens.check()
 
-    def drop(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Delete block files: only on an administrator's order.  Raises DiskError."""
-        for first, last in ranges:
-            for block in range(first, min(last, self.block_count - 1) + 1):
-                self.store.forget_files(self.uuid, block)
-                self.unflushed.discard(block)
-                self.poisoned.pop(block, None)
+    def drop(self, ranges: Iterable[tuple[int, int]]) -> Callable[[], None]:
+        """Let go of blocks: only on an administrator's order.  Raises DiskError.
+
+        Returns what deletes their files, to be run in a thread: the system may take seconds for a few gigabytes that
+        are being written back.  Raises DiskError.  Until it has ended, no file is made there.
+        """
+        last_block = self.block_count - 1
+        blocks = RangeSet((first, min(last, last_block)) for first, last in ranges if first <= last_block)
+        for block in blocks.indexes():
+            self.store.forget_files(self.uuid, block)
+            self.unflushed.discard(block)
+            self.poisoned.pop(block, None)
+            try:
+                if self.generations[block]:
+                    self.set_generation(block, 0)
+                if self.sums is not None:
+                    self.sums.clear(block)
+            except OSError as e:
+                raise disk_error(e, self.path(block)) from e
+        self._deleting.append(blocks)
+        return functools.partial(self._delete, blocks)
+
+    def _delete(self, blocks: RangeSet) -> None:
+        try:
+            for block in blocks.indexes():
                 try:
-                    if self.generations[block]:
-                        self.set_generation(block, 0)
-                    if self.sums is not None:
-                        self.sums.clear(block)
                     with contextlib.suppress(FileNotFoundError):
                         self.disk.unlink(self.path(block))
                 except OSError as e:
                     raise disk_error(e, self.path(block)) from e
+        finally:
+            self._deleting.remove(blocks)
+
+    def _check_kept(self, block: int) -> None:
+        """Raises NotReady."""
+        if any(blocks.within(block, block) for blocks in self._deleting):
+            raise NotReady(f"the file of block {block} is being deleted here")

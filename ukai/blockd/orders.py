@@ -111,10 +111,11 @@ class Orders:
         wanted = ranges(header, "ranges") if "ranges" in header else [(0, 2**62)]
         if where is not None and any(where.within(first, last) for first, last in wanted):
             raise Refused(f"node {self._core.node} is still a location of these blocks of image {name}")
-        if "ranges" in header:
-            self._core.store.image(uuid).drop(wanted)
-        else:
-            self._core.store.drop(uuid, name)
+        store = self._core.store
+        whole = "ranges" not in header
+        await self._core.run_disk(store.drop(uuid, name) if whole else store.image(uuid).drop(wanted))
+        if whole:
+            store.forget(uuid)
         return {}
 
     async def _close(self, header: Header) -> Header:

@@ -208,16 +208,15 @@ class Store:
             with contextlib.suppress(OSError):
                 self.disk.rmdir(image.directory)
 
-    def drop(self, uuid: str, name: str) -> None:
-        """Delete an image's block files and directory: only on an administrator's order.  Raises DiskError.
+    def drop(self, uuid: str, name: str) -> Callable[[], None]:
+        """Let go of all blocks of an image: only on an administrator's order.  Raises NotFound, DiskError.
 
-        Files that are none of ours stay, and their directory with them.
+        Returns what deletes their files, to be run in a thread; ``forget`` comes after it.
         """
         image = self.images.get(uuid)
         if image is None:
             raise NotFound(f"no data of image {name} ({uuid}) under {self.root}")
-        image.drop([(0, image.block_count - 1)])
-        self.forget(uuid)
+        return image.drop([(0, image.block_count - 1)])
 
     def forget(self, uuid: str) -> None:
         """Take back ``prepare``: our own files go, block files stay, and their directory with them."""
