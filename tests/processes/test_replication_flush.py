@@ -43,6 +43,13 @@ def create_flush(cluster: Cluster, locations: tuple[int, ...] = (1, 2), hypervis
 
 @pytest.mark.expect_log(MARKED)
 @pytest.mark.expect_log(r"(write|fsync) of disk failed|open handles are closed|blockd")
+def create_on_two(cluster: Cluster) -> tuple[Path, Path]:
+    """At the hypervisor where it is used first, and at the one that it moves to."""
+    disk = create_flush(cluster, hypervisors=(1, 3))
+    wait_shown(cluster, "disk", 3)
+    return disk, cluster.path("disk", 3)
+
+
 def test_killed_writer_node(make_cluster: MakeCluster, tmp_path: Path) -> None:
     """All of the writer's node dies under load; each record whose fsync was completed is on the other copy."""
     cluster = make_cluster(nodes=3, frontends=(2, 3), settings=QUICK)
@@ -218,9 +225,7 @@ def test_what_is_posted_moves_with_the_role(make_cluster: MakeCluster) -> None:
     """A machine writes all the time, without an fsync, while its image is migrated: what it was told of is there."""
     cluster = make_cluster(nodes=3, frontends=(1, 3), settings=QUICK)
     cluster.expect_log(r"write of disk failed")
-    disk = create_flush(cluster, hypervisors=(1, 3))
-    there = cluster.path("disk", 3)
-    wait_shown(cluster, "disk", 3)
+    disk, there = create_on_two(cluster)
     with disk.open("r+b", buffering=0) as guest, ThreadPoolExecutor(1) as beside:
         os.pwrite(guest.fileno(), bytes(16 * MIB), 0)
         written: list[int] = []
@@ -277,9 +282,7 @@ def test_drained_before_the_role_moves(make_cluster: MakeCluster) -> None:
     """Nothing that was acknowledged is lost by migrate, nor by the change to sync under an open machine."""
     cluster = make_cluster(nodes=3, frontends=(1, 3), settings=QUICK)
     cluster.expect_log(r"write of disk failed")
-    disk = create_flush(cluster, hypervisors=(1, 3))
-    there = cluster.path("disk", 3)
-    wait_shown(cluster, "disk", 3)
+    disk, there = create_on_two(cluster)
     data = os.urandom(8 * MIB)
     with disk.open("r+b", buffering=0) as guest:
         for at in range(0, len(data), PIECE):
@@ -306,9 +309,7 @@ def test_drained_before_the_role_moves(make_cluster: MakeCluster) -> None:
 def test_a_guest_whose_writes_are_gone_is_told(make_cluster: MakeCluster) -> None:
     """Another node takes the role, for reading alone, without the only copy that has them: EIO from then on (R2)."""
     cluster = make_cluster(nodes=3, frontends=(1, 3), settings={**QUICK, "replica_timeout": 10})
-    disk = create_flush(cluster, hypervisors=(1, 3))
-    there = cluster.path("disk", 3)
-    wait_shown(cluster, "disk", 3)
+    disk, there = create_on_two(cluster)
     write_at(disk, 0, b"stored")
     with disk.open("r+b", buffering=0) as guest:
         os.pwrite(guest.fileno(), b"STORED", 0)

@@ -518,9 +518,9 @@ class World:
         self.violations: list[str] = []
         self.on_violation: Callable[[], None] = lambda: None
         self.on_power: Callable[[Image], None] = lambda _: None
+        """Called when a node has lost power, and when it has registered again and nothing else was asked of it."""
         self.on_posts_lost: Callable[[list[Post]], None] = lambda _: None
         """What was posted on a node may be lost."""
-        """Called when a node has lost power, and when it has registered again and nothing else was asked of it."""
         self.powerless: set[str] = set()
         """Nodes that lost power and whose blockd has not registered since."""
         self.tampered: set[str] = set()
