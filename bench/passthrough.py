@@ -6,13 +6,26 @@ import os
 import stat
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from ukai.errors import NotFound, Refused
 from ukai.frontend import binding
 from ukai.frontend.main import SWITCH_INTERVAL_S
+from ukai.frontend.spare import Spares
 
 NAME = "file"
+
+
+class Crowd:
+    """Implements ``spare.Crowd``: no request waits for another process."""
+
+    def __init__(self) -> None:
+        self.crowded, self.crowd = threading.Event(), 0
+        self.stand_in: Callable[[], None] | None = None
+
+    def waiting(self) -> int:
+        return 0
 
 
 class Passthrough:
@@ -71,7 +84,8 @@ def main() -> None:
     library = binding.load("auto")
     path, mount_point = Path(sys.argv[1]), sys.argv[2]
     # in a thread, as in the frontend; it ends with its mount namespace
-    serve = threading.Thread(target=library.run, args=(Passthrough(path), mount_point, False, lambda: None))
+    words = (Passthrough(path), mount_point, False, lambda: None, Spares(Crowd()))
+    serve = threading.Thread(target=library.run, args=words)
     serve.start()
     serve.join()
 

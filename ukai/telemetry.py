@@ -13,7 +13,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import zmq
 from prometheus_client import CollectorRegistry
@@ -41,6 +41,7 @@ LATENCY_BUCKETS_S = (
     10,
     30,
 )
+FASTEST_S: Final = LATENCY_BUCKETS_S[0]
 _BUCKET_NAMES = [*(str(b) for b in LATENCY_BUCKETS_S), "+Inf"]
 
 
@@ -108,7 +109,7 @@ class OpStats:
         self.count += 1
         self.bytes += size_bytes
         self.seconds += seconds
-        self.buckets[bisect_left(LATENCY_BUCKETS_S, seconds)] += 1
+        self.buckets[0 if seconds <= FASTEST_S else bisect_left(LATENCY_BUCKETS_S, seconds)] += 1
         if failed:
             self.errors += 1
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from ukai.errors import UkaiError
 from ukai.frontend.core import REFUSED
-from ukai.frontend.spare import THREADS, Spares
+from ukai.frontend.spare import LEADS, Spares
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ _memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _memory.restype = ctypes.py_object
 _READ_ONLY, _WRITABLE = 0x100, 0x200
+_REMEMBERED = 1000
 _free = ctypes.CDLL(None).free
 _free.argtypes = [ctypes.c_void_p]
 _FUSE_BUF_BYTES, _FUSE_BUF_MEM = 128, 16
@@ -106,9 +107,9 @@ class Library:
         """Mount and serve until unmounted; returns libfuse's exit code (0: it was unmounted).
 
         Not on the main thread: there no Python signal handler would run.  ``mounted`` is called once requests
-        are taken.  ``spares`` are used where the number of libfuse's threads is bounded.
+        are taken.  With ``spares``, and where their number can be bounded, libfuse has few threads of its own.
         """
-        bounded = self.version >= (3, 12)
+        bounded = spares is not None and self.version >= (3, 12)
         callbacks = _Callbacks(self.module, filesystem, self.version[0], mounted, spares if bounded else None)
         operations = callbacks.structure()
         options = ["fsname=ukai", "subtype=ukai", "nosuid", "nodev", f"attr_timeout={ATTRIBUTE_SECONDS}"]
@@ -120,7 +121,7 @@ class Library:
             options += ["direct_io", "big_writes", f"max_background={MAX_BACKGROUND}"]
         elif bounded:
             # without the second, 3.14 ends each thread after its request
-            options += [f"max_threads={THREADS}", f"max_idle_threads={THREADS}"]
+            options += [f"max_threads={LEADS}", f"max_idle_threads={LEADS}"]
         words = [b"ukai", b"-f", b"-o", ",".join(options).encode(), os.fsencode(mount_point)]
         argv = (ctypes.c_char_p * len(words))(*words)
         library = self.module._libfuse
@@ -161,19 +162,16 @@ def _load(name: str) -> Library:
 
 def _serve(library: Any, session: int, wanted: Callable[[], bool]) -> None:
     """Take requests of the mount, as libfuse's own threads do."""
-    receive, process, exited = (
-        getattr(library, f"fuse_session_{name}") for name in ("receive_buf", "process_buf", "exited")
-    )
+    receive, process = library.fuse_session_receive_buf, library.fuse_session_process_buf
     receive.argtypes = process.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-    exited.argtypes = [ctypes.c_void_p]
     buffer = ctypes.create_string_buffer(_FUSE_BUF_BYTES)
     try:
-        while wanted() and not exited(session):
+        while wanted():
             got = receive(session, buffer)
             if got > 0:
                 process(session, buffer)
             elif got not in (-errno.EINTR, -errno.EAGAIN):
-                break  # unmounted
+                break  # unmounted: 0, or an error
     finally:
         _free(ctypes.c_void_p.from_buffer(buffer, _FUSE_BUF_MEM))
 
@@ -209,6 +207,43 @@ def _errno(name: str, error: BaseException) -> int:
     return errno.EIO
 
 
+class _Memory:
+    """libfuse's memory as Python sees it.
+
+    The same few addresses come again and again, so what is made for one is kept: half a microsecond of each request.
+    A view is of use only during the callback that was given its address.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        """``handle``: the class of struct fuse_file_info."""
+        self._offset = handle.fh.offset
+        self._views: dict[tuple[int, int, int], memoryview] = {}
+        self._handles: dict[int, Any] = {}
+
+    def view(self, address: int, size: int, access: int) -> memoryview:
+        view = self._views.get((address, size, access))
+        if view is None:
+            if len(self._views) >= _REMEMBERED:
+                self._views.clear()
+            view = self._views[address, size, access] = _memory(address, size, access)
+        return view
+
+    def handle(self, info: int) -> int:
+        """``fh`` of the struct fuse_file_info there."""
+        number = self._handles.get(info)
+        if number is None:
+            if len(self._handles) >= _REMEMBERED:
+                self._handles.clear()
+            number = self._handles[info] = ctypes.c_uint64.from_address(info + self._offset)
+        return int(number.value)
+
+
+_TRANSFER = ctypes.CFUNCTYPE(
+    *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_longlong, ctypes.c_void_p)
+)
+"""read and write, with addresses as plain numbers."""
+
+
 class _Callbacks:
     """The functions that libfuse calls.  libfuse3 gives some of them one argument more than libfuse2 does."""
 
@@ -217,6 +252,9 @@ class _Callbacks:
     ) -> None:
         self._module, self._fs, self._major, self._mounted = module, filesystem, major, mounted
         self._spares = spares
+        self._memory = _Memory(module.fuse_file_info)
+        self._kept: list[Any] = []
+        """Callbacks that libfuse knows by another type."""
 
     def structure(self) -> ctypes.Structure:
         """struct fuse_operations; what has no callback stays empty."""
@@ -234,8 +272,12 @@ class _Callbacks:
         # libfuse2 ends idle threads and makes new ones: what is kept for each would pile up
         seen = threading.local() if self._major == 3 else None
         for field in kind._fields_:
-            if field[0] in work:
-                setattr(operations, field[0], field[1](_guarded(field[0], work[field[0]], seen)))
+            name, prototype = field[:2]
+            if name in ("read", "write"):
+                self._kept.append(_TRANSFER(_guarded(name, work[name], seen)))
+                setattr(operations, name, ctypes.cast(self._kept[-1], prototype))
+            elif name in work:
+                setattr(operations, name, prototype(_guarded(name, work[name], seen)))
         return operations
 
     @staticmethod
@@ -293,11 +335,15 @@ class _Callbacks:
         contents.fh = self._fs.open(path, contents.flags)
         return 0
 
-    def _read(self, path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
-        return self._fs.read(info.contents.fh, _memory(buffer, size, _WRITABLE), offset)
+    def _read(self, path: int | None, buffer: int, size: int, offset: int, info: int) -> int:
+        if (spares := self._spares) is not None:
+            spares.served += 1
+        memory = self._memory
+        return self._fs.read(memory.handle(info), memory.view(buffer, size, _WRITABLE), offset)
 
-    def _write(self, path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
-        return self._fs.write(info.contents.fh, _memory(buffer, size, _READ_ONLY), offset)
+    def _write(self, path: int | None, buffer: int, size: int, offset: int, info: int) -> int:
+        memory = self._memory
+        return self._fs.write(memory.handle(info), memory.view(buffer, size, _READ_ONLY), offset)
 
     def _fsync(self, path: bytes | None, datasync: int, info: Any) -> int:
         self._fs.fsync(info.contents.fh)

@@ -12,6 +12,8 @@ import socket
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ukai import messages
@@ -32,6 +34,8 @@ SWEEP_SECONDS = 1.0
 REPLY_BYTES = 4096
 _ZEROS = bytes(2**20)
 
+Waits = Callable[[], AbstractContextManager[None]]
+
 
 class LentFile:
     """A descriptor; closed when nobody reads from it any more, whoever drops it first."""
@@ -43,6 +47,14 @@ class LentFile:
 
     def __del__(self) -> None:
         os.close(self.fd)
+
+
+def _at_once(fd: int, into: memoryview, offset: int) -> bool:
+    """Whether all of it could be read without waiting for a disk."""
+    try:
+        return os.preadv(fd, (into,), offset, os.RWF_NOWAIT) == len(into)
+    except OSError:  # nothing of it is in memory, or this filesystem can't say
+        return False
 
 
 class Borrower:
@@ -58,8 +70,13 @@ class Borrower:
         """Shortcut and block → loan, oldest first."""
         self._quiet_until = self._sweep_at = 0.0
 
-    def read(self, shortcut: Shortcut, block: int, within: int, offset: int, into: memoryview) -> bool:
-        """Fill ``into`` from ``within`` a block, which is at ``offset`` of the image; false: ask blockd."""
+    def read(
+        self, shortcut: Shortcut, block: int, within: int, offset: int, into: memoryview, waits: Waits = nullcontext
+    ) -> bool:
+        """Fill ``into`` from ``within`` a block, which is at ``offset`` of the image; false: ask blockd.
+
+        ``waits`` is entered while a disk has to be waited for.
+        """
         length = len(into)
         loan = shortcut.loan(block, offset, length, time.monotonic())
         if loan is None:
@@ -68,8 +85,10 @@ class Borrower:
             into[:] = _ZEROS[:length] if length <= len(_ZEROS) else bytes(length)
         else:
             try:
-                if os.preadv(loan.file.fd, (into,), within) != length:
-                    return False
+                if not _at_once(loan.fd, into, within):
+                    with waits():
+                        if os.preadv(loan.fd, (into,), within) != length:
+                            return False
             except OSError as e:
                 log.info("a lent block file can't be read: %s", e.strerror)
                 return False
@@ -112,7 +131,8 @@ class Borrower:
             page.name = name
         if page is None:
             raise RemoteProtocolError("a loan without a page")
-        loan = Loan(page, number, None if number == ZEROS else _pop(files))
+        file = None if number == ZEROS else _pop(files)
+        loan = Loan(page, number, file, file.fd if file is not None else -1)
         shortcut.take(block, loan)
         if loan.file is not None:
             self._kept[id(shortcut), block] = (shortcut, loan)

@@ -13,13 +13,14 @@ Writes that are posted (``posted.py``) go over one line per image, which belongs
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import zmq
@@ -109,8 +110,11 @@ class Client:
         self._free: list[Channel] = []
         self._busy: set[Channel] = set()
         """Those with a request under way."""
+        self._held_up: set[object] = set()
+        """Threads that wait for something else."""
         self.crowd, self.crowded = 0, threading.Event()
         """See ``spare.Crowd``; 0: nobody wants to know."""
+        self.stand_in: Callable[[], None] | None = None
         self._changed = threading.Condition(threading.RLock())
         self._overdue: Overdue[Channel] = Overdue(io_timeout_s)
         self._numbers = itertools.count((secrets.randbits(30) << 32) + 1)
@@ -198,6 +202,22 @@ class Client:
             p.size for p in posted
         )
 
+    def waiting(self) -> int:
+        """Threads that wait for an answer."""
+        return len(self._busy) + len(self._held_up)
+
+    @contextlib.contextmanager
+    def _waits(self) -> Iterator[None]:
+        """What this thread does may take longer, and is no request."""
+        me = object()
+        self._held_up.add(me)
+        try:
+            if (stand_in := self.stand_in) is not None:
+                stand_in()
+            yield
+        finally:
+            self._held_up.discard(me)
+
     @property
     def connected(self) -> bool:
         """Whether an answer of blockd can be expected soon."""
@@ -211,7 +231,7 @@ class Client:
         if borrower is not None:
             block, within = divmod(offset, handle.block_size)
             alone = not posts and within + size <= handle.block_size
-            if alone and borrower.read(handle.shortcut, block, within, offset, into):
+            if alone and borrower.read(handle.shortcut, block, within, offset, into, self._waits):
                 return
         reply, count = self._call({"op": "r", "h": handle.number, "o": offset, "l": size}, handle, None, into, size)
         if count != size:
@@ -405,16 +425,17 @@ class Client:
         poster = self._posters.get(shortcut)
         if poster is None:
             return  # nothing was ever posted, or the last handle is closed
-        if not poster.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise Timeout(f"earlier writes to {handle.disk.name} have not been answered yet")
-        try:
-            while shortcut.posted.posts:
-                if shortcut.posted.unanswered():
-                    self._await_post(shortcut, poster, deadline)
-                elif (again := shortcut.posted.to_send()) is not None:
-                    self._send_again(shortcut, *again, deadline)
-        finally:
-            poster.lock.release()
+        with self._waits():
+            if not poster.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                raise Timeout(f"earlier writes to {handle.disk.name} have not been answered yet")
+            try:
+                while shortcut.posted.posts:
+                    if shortcut.posted.unanswered():
+                        self._await_post(shortcut, poster, deadline)
+                    elif (again := shortcut.posted.to_send()) is not None:
+                        self._send_again(shortcut, *again, deadline)
+            finally:
+                poster.lock.release()
 
     def _await_post(self, shortcut: Shortcut, poster: Poster, deadline: float) -> None:
         """Wait for one answer, or until none can come any more.  Raises Timeout, Unreachable."""
@@ -577,6 +598,8 @@ class Client:
         channel.number = number = channel.number + 1
         channel.busy_bytes = size
         self._busy.add(channel)
+        if (stand_in := self.stand_in) is not None:
+            stand_in()
         if 0 < self.crowd <= len(self._busy) and not self.crowded.is_set():
             self.crowded.set()
         header["id"] = number

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from os import preadv
 from time import monotonic
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from ukai.errors import NotFound, UkaiError
 from ukai.frontend import core
 from ukai.frontend.client import Client
 from ukai.frontend.core import Disk, Handle
+from ukai.page import MappedPage
 from ukai.telemetry import Metrics, OpStats
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Files:
         self._disks: dict[str, Disk] = {}
         self._known = threading.Event()
         self._count = threading.Lock()
+        self._at_once = os.RWF_NOWAIT
+        """How a lent file is read: what waits for a disk is read where others know that a thread waits."""
         self._complained = 0.0
         self._unsaid = 0
         self.on_release: Callable[[], None] = lambda: None
@@ -202,16 +205,20 @@ class Files:
         loan = shortcut.loans.get(block)
         if loan is not None and not shortcut.writes and within + length <= block_size:
             # What Shortcut.loan and, after the read, Shortcut.good say where nothing is written.
-            page, number = loan.page, loan.number
-            if page is shortcut.page and begin < page.lease[0] and page.numbers[block] == number:
+            page, number = cast(MappedPage, loan.page), loan.number
+            lease, numbers = page.lease, page.numbers
+            if page is shortcut.page and begin < lease[0] and numbers[block] == number:
                 try:
-                    count = preadv(loan.file.fd, (into,), within)
-                except OSError:
+                    count = preadv(loan.fd, (into,), within, self._at_once)
+                except OSError as e:
                     count = 0  # tried again below, and told
+                    if e.errno == errno.EOPNOTSUPP:
+                        self._at_once = 0
                 end = monotonic()
-                if count == length and end < page.lease[0] and page.numbers[block] == number and not shortcut.writes:
+                if count == length and end < lease[0] and numbers[block] == number and not shortcut.writes:
                     loan.used = True
-                    handle.reads.done(end - begin, length)
+                    stats: OpStats = handle.reads
+                    stats.done(end - begin, length)
                     return length
         try:
             self._client.read(handle, offset, into)

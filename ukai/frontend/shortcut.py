@@ -29,6 +29,8 @@ class Loan:
     number: int
     file: Any
     """Closed when the last reader lets go of it; None: the block reads as zeros."""
+    fd: int = -1
+    """Of ``file``."""
     used: bool = True
     posts: bool = False
     """blockd answers a write to it when its own file has it: it may be posted."""

@@ -1,10 +1,15 @@
-"""Threads for when all of libfuse's wait.
+"""How many threads take requests of the mount.
 
-libfuse has few of them (``THREADS``): the more there are, the more they take the interpreter from each other, and each
-one that waits for a request is woken for one that another would have taken a moment later.  But a copy in another data
-centre answers late, and a disk none of whose copies can be reached waits for ``io_timeout``: with all threads waiting,
-the other disks of this hypervisor would stand still too.  So where all threads wait, and not for the processor, spare
-ones take requests too.
+All of them share one interpreter.  The more there are, the more they take it from each other; but one that waits for an
+answer takes nothing else meanwhile.  So there are three states:
+
+- as a rule ``THREADS``: libfuse's own one and its *deputies*;
+- where much is read and each read needs the processor more than anything else, the threads only hand the interpreter
+  to each other: one makes twice as many reads, and the slowest of them in a tenth of the time.  Then libfuse's own
+  thread is alone, and for each one that waits a deputy stands in;
+- a copy in another data centre answers late, and a disk none of whose copies can be reached waits for ``io_timeout``:
+  with all threads waiting, the other disks of this hypervisor would stand still too.  So where all threads wait, and
+  not for the processor, spare ones take requests too.
 """
 
 from __future__ import annotations
@@ -14,12 +19,19 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-THREADS = 10
+LEADS = 1
+"""Threads of libfuse itself: they never pause."""
+DEPUTIES = 9
+THREADS = LEADS + DEPUTIES
 LIMIT = 128
 """So many spare threads at most."""
 LOOK_S = 0.02
+REST_S = 0.2
+"""Between two looks while there is little to do."""
 IDLE, BUSY = 0.5, 0.7
 """Below, and above, so much of a core of this process, more threads can do more, or only disturb each other."""
+SMALL_S = 60e-6
+"""Where there is less of the processor's time for each read, it is mostly the interpreter's."""
 MARGIN = 2
 """So many threads at least should be free to take requests."""
 
@@ -33,26 +45,41 @@ class Crowd(Protocol):
     crowded: threading.Event
     crowd: int
     """``crowded`` is set when so many requests wait."""
+    stand_in: Callable[[], None] | None
+    """To be called when a request begins to wait; None: nobody wants to know."""
 
-    def under_way(self) -> tuple[int, int]:
-        """Requests that wait now, and their bytes."""
+    def waiting(self) -> int:
+        """Threads that wait for an answer now."""
         ...
 
 
 class Spares:
-    """The spare threads of a mount."""
+    """The threads of a mount beside libfuse's own."""
 
     def __init__(self, crowd: Crowd) -> None:
         self._crowd = crowd
+        self.served = 0
+        """Reads so far, about: the threads count without a lock."""
+        self._deputies: list[threading.Thread] = []
         self._threads: list[threading.Thread] = []
         self._needed = False
         self._watcher: threading.Thread | None = None
         self._end = threading.Event()
+        self._lock = threading.Lock()
+        self._alone = False
+        self._pause = threading.Semaphore(0)
+        """Where deputies pause."""
+        self._out = DEPUTIES
+        """Deputies that do not."""
 
     def start(self, serve: Serve) -> None:
         self._crowd.crowd = THREADS - MARGIN
         self._watcher = threading.Thread(target=self._watch, args=(serve,), name="spares", daemon=True)
         self._watcher.start()
+        for _ in range(DEPUTIES):
+            deputy = threading.Thread(target=serve, args=(self._deputy_wanted,), name="deputy", daemon=True)
+            deputy.start()
+            self._deputies.append(deputy)
 
     def count(self) -> int:
         """Spare threads that live."""
@@ -60,16 +87,61 @@ class Spares:
         return len(self._threads)
 
     def _watch(self, serve: Serve) -> None:
-        crowd = self._crowd
-        while crowd.crowded.wait() and not self._end.is_set():
+        crowd, pause = self._crowd, REST_S
+        while not self._end.is_set():
+            crowd.crowded.wait(pause)
             crowd.crowded.clear()
-            waited, began, used_s = crowd.under_way()[0], time.monotonic(), time.process_time()
+            waited, served, began, used_s = crowd.waiting(), self.served, time.monotonic(), time.process_time()
             if self._end.wait(LOOK_S):
                 return
-            waiting = crowd.under_way()[0]
-            busy = (time.process_time() - used_s) / (time.monotonic() - began)
+            waiting = crowd.waiting()
+            used_s = time.process_time() - used_s
+            busy = used_s / (time.monotonic() - began)
+            self._set_alone(busy, used_s / max(1, self.served - served))
             if self._adjust(min(waited, waiting), busy, serve) or waiting >= crowd.crowd:
                 crowd.crowded.set()  # who waits already does not say so again
+            pause = 0 if self._alone else REST_S
+
+    # -- deputies
+
+    def _set_alone(self, busy: float, each_s: float) -> None:
+        """``busy``: how much of a core this process uses; ``each_s``: its time per read."""
+        if not self._alone and busy > BUSY and each_s < SMALL_S:
+            self._alone = True
+            self._crowd.stand_in = self._stand_in
+        elif self._alone and (busy < IDLE or each_s > 2 * SMALL_S):
+            self._all_out()
+
+    def _all_out(self) -> None:
+        """No deputy pauses."""
+        self._crowd.stand_in = None
+        with self._lock:
+            self._alone = False
+            while self._out < DEPUTIES:
+                self._out += 1
+                self._pause.release()
+
+    def _stand_in(self) -> None:
+        """A request begins to wait."""
+        with self._lock:
+            if self._alone and self._out < min(DEPUTIES, self._crowd.waiting()):
+                self._out += 1
+                self._pause.release()
+
+    def _deputy_wanted(self) -> bool:
+        """Asked by a deputy before it takes a request; it may have to pause first."""
+        if self._alone and self._is_needless():
+            self._pause.acquire()
+        return not self._end.is_set()
+
+    def _is_needless(self) -> bool:
+        """Whether a deputy is to pause now; it is counted as one that does."""
+        with self._lock:
+            needless = self._alone and self._out > self._crowd.waiting()
+            self._out -= needless
+        return needless
+
+    # -- spare threads
 
     def _adjust(self, waiting: int, busy: float, serve: Serve) -> int:
         """``busy``: how much of a core this process uses.  The spare threads that there are now."""
@@ -85,11 +157,12 @@ class Spares:
         return self.count()
 
     def close(self) -> None:
-        """The mount has ended: no spare thread gets another request."""
+        """The mount has ended: none of these threads gets another request."""
         self._end.set()
         self._crowd.crowded.set()
         if self._watcher is not None:
             self._watcher.join()  # it begins none any more
         self._needed = False
-        for thread in self._threads:
+        self._all_out()
+        for thread in (*self._deputies, *self._threads):
             thread.join()
