@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bench import fio
-from bench.measure import fill, timed
+from bench.measure import Steal, fill, run_fio, timed
 from bench.results import Sample
 from bench.rows import BY_NAME, FILL, MBPS, Row, at_depth
 from bench.systems import READY_S, create
@@ -58,18 +58,20 @@ def delete(cluster: Cluster, name: str) -> None:
     wait_for(gone, f"{name} deleted", READY_S)
 
 
-def side_by_side(cluster: Cluster, names: Sequence[str], row: Row, jobs: int, runtime_s: float) -> dict[str, float]:
+def side_by_side(
+    cluster: Cluster, names: Sequence[str], row: Row, jobs: int, runtime_s: float
+) -> tuple[dict[str, float], Steal]:
     """Run ``jobs`` of ``row`` on each image, all at once: image → what it got.  Raises FioError."""
     words = [tool("fio"), "--ioengine=libaio", "--direct=1", "--randrepeat=0", "--time_based"]
     words += [f"--runtime={round(runtime_s * 1000)}ms", f"--ramp_time={round(RAMP_S * 1000)}ms"]
     words += [f"--size={IMAGE_BYTES}", f"--numjobs={jobs}", *row.options]
     for name in names:
         words += [f"--name={name}", f"--filename={cluster.path(name)}"]
-    report = fio.run(words, runtime_s + RAMP_S + fio.END_S, lambda: abandon(cluster))
+    report, steal = run_fio(words, runtime_s + RAMP_S + fio.END_S, lambda: abandon(cluster))
     got = dict.fromkeys(names, 0.0)
     for job in report["jobs"]:
         got[job["jobname"]] += fio.outcome(job, row).value
-    return got
+    return got, steal
 
 
 def abandon(cluster: Cluster) -> None:
@@ -84,13 +86,13 @@ def images(cluster: Cluster, keep: Keep, runtime_s: float) -> None:
         for name in names:
             fill(cluster.path(name), IMAGE_BYTES, [], lambda: abandon(cluster))
         for side in ("read", "write"):
-            got = side_by_side(cluster, names, BY_NAME[f"rand-{side}-1"], JOBS, runtime_s)
-            keep(Sample("ukai", f"{IMAGES}x{JOBS}-{side}", round(sum(got.values()), 1), "/s"))
+            got, steal = side_by_side(cluster, names, BY_NAME[f"rand-{side}-1"], JOBS, runtime_s)
+            keep(Sample("ukai", f"{IMAGES}x{JOBS}-{side}", round(sum(got.values()), 1), "/s", **steal))
             slowest = min(got.values()) / statistics.mean(got.values())
-            keep(Sample("ukai", f"fairness-{side}", round(slowest, 3), "of the mean"))
+            keep(Sample("ukai", f"fairness-{side}", round(slowest, 3), "of the mean", **steal))
             for row in (f"rand-{side}-16", f"seq-{side}"):
-                both = side_by_side(cluster, names[:2], BY_NAME[row], 1, runtime_s)
-                keep(Sample("ukai", f"two-images-{row}", round(sum(both.values()), 1), BY_NAME[row].unit))
+                both, steal = side_by_side(cluster, names[:2], BY_NAME[row], 1, runtime_s)
+                keep(Sample("ukai", f"two-images-{row}", round(sum(both.values()), 1), BY_NAME[row].unit, **steal))
 
 
 def cold(cluster: Cluster, keep: Keep, runtime_s: float) -> None:
@@ -162,17 +164,17 @@ def curves(cluster: Cluster, keep: Keep, runtime_s: float) -> None:
         for side in ("read", "write"):
             row = BY_NAME[f"rand-{side}-1"]
             for depth in DEPTHS:
-                got = side_by_side(cluster, names[:1], at_depth(row, depth), 1, runtime_s)
-                keep(Sample("ukai", f"depth-{depth}-{side}", round(sum(got.values()), 1), "/s"))
+                got, steal = side_by_side(cluster, names[:1], at_depth(row, depth), 1, runtime_s)
+                keep(Sample("ukai", f"depth-{depth}-{side}", round(sum(got.values()), 1), "/s", **steal))
             for count in COUNTS:
-                got = side_by_side(cluster, names[:count], at_depth(row, 4), 1, runtime_s)
-                keep(Sample("ukai", f"images-{count}-{side}", round(sum(got.values()), 1), "/s"))
+                got, steal = side_by_side(cluster, names[:count], at_depth(row, 4), 1, runtime_s)
+                keep(Sample("ukai", f"images-{count}-{side}", round(sum(got.values()), 1), "/s", **steal))
     for count, block_bytes in BLOCK_SIZES.items():
         with scratch(cluster, ["curve"], CURVE_BYTES, (1, 2), "--block-size", str(block_bytes)):
             fill(cluster.path("curve"), CURVE_BYTES, [], lambda: abandon(cluster))
             for side in ("read", "write"):
                 row = BY_NAME[f"rand-{side}-16"]
                 line = fio.command(row, cluster.path("curve"), CURVE_BYTES, runtime_s, RAMP_S)
-                report = fio.run(line, runtime_s + RAMP_S + fio.END_S, lambda: abandon(cluster))
+                report, steal = run_fio(line, runtime_s + RAMP_S + fio.END_S, lambda: abandon(cluster))
                 found = fio.outcome(report["jobs"][0], row)
-                keep(Sample("ukai", f"blocks-{count}-{side}", round(found.value, 1), "/s"))
+                keep(Sample("ukai", f"blocks-{count}-{side}", round(found.value, 1), "/s", **steal))

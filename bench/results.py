@@ -10,12 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+STOLEN_LIMIT = 0.02
+"""Share of all cores' time: where the host took more, a figure says more about the host than about the system."""
+
 
 @dataclass(frozen=True)
 class Sample:
     """One figure of one run.
 
     ``cores`` is the processor time per second of each process, ``peak_mb`` the most memory it had resident.
+    ``stolen`` is the share of all cores' time that the host took meanwhile, ``attempts`` how often it was measured.
     """
 
     system: str
@@ -28,6 +32,8 @@ class Sample:
     iops: float = 0.0
     cores: dict[str, float] = field(default_factory=dict)
     peak_mb: dict[str, float] = field(default_factory=dict)
+    stolen: float = 0.0
+    attempts: int = 1
 
 
 @dataclass
@@ -70,6 +76,11 @@ class Results:
             for name, value in sample.peak_mb.items():
                 peaks[name].append(value)
         return {name: (statistics.median(cores[name]), max(peaks[name], default=0.0)) for name in cores}
+
+    def repeated(self) -> tuple[int, int]:
+        """Samples that were measured again, and those that were kept though more than STOLEN_LIMIT was stolen."""
+        again = sum(s.attempts > 1 for s in self.samples)
+        return again, sum(s.stolen > STOLEN_LIMIT for s in self.samples)
 
     def save(self, path: Path) -> None:
         """Whole or not at all, so that a run that is cut short leaves what it had."""
