@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench import picture
 from bench.contenders import ALL
-from bench.report import figure, verdict
+from bench.report import figure, repeats, verdict
 from bench.results import Results
 from bench.rows import BY_NAME, IOPS
 from bench.targets import TARGETS
@@ -36,7 +36,7 @@ def markdown(results: Results) -> str:
     parts = [
         "![Ratios](figures.svg)",
         f"Measured {about.get('date', '')}: {machine}, Python {about.get('python', '?')}, {about.get('fio', '')}; "
-        f"load before it {about.get('load', 0):.1f}. Medians.",
+        f"load before it {about.get('load', 0):.1f}. Medians. {repeats(results)}",
         _rows(results),
         "Latency of a request, p50 / p99 in µs:",
         _latencies(results),

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.contenders import ALL
-from bench.results import Results
+from bench.results import STOLEN_LIMIT, Results
 from bench.rows import BY_NAME, IOPS
 from bench.targets import TARGETS, Target
 
@@ -21,12 +21,20 @@ def figure(value: float | None, unit: str = "") -> str:
     return f"{text} {unit}".rstrip()
 
 
+def repeats(results: Results) -> str:
+    """What the host did to the samples, in a sentence."""
+    again, kept = results.repeated()
+    limit = f"{STOLEN_LIMIT * 100:g} % of the cores' time"
+    return f"Samples measured again, since the host took more than {limit}: {again}; kept though it took more: {kept}."
+
+
 def show(results: Results, console: Console) -> None:
     """All tables."""
     _show_about(results, console)
     for table in (main_table(results), latency_table(results), process_table(results), other_table(results)):
         if table.row_count:
             console.print(table)
+    console.print(repeats(results), highlight=False)
     if results.failures:
         console.print("[bold]Could not be run:[/bold]")
         for line in results.failures:

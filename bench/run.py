@@ -152,7 +152,8 @@ class Run:
     def keep(self, sample: Sample) -> None:
         self._results.samples.append(sample)
         latency = f"  p50 {sample.p50_us:8.0f} µs  p99 {sample.p99_us:8.0f} µs" if sample.p50_us else ""
-        print(f"  {sample.row:22} {sample.system:16} {sample.value:12,.2f} {sample.unit:6}{latency}", flush=True)
+        again = f"  {sample.attempts} attempts, {sample.stolen:.1%} stolen" if sample.attempts > 1 else ""
+        print(f"  {sample.row:22} {sample.system:16} {sample.value:12,.2f} {sample.unit:6}{latency}{again}", flush=True)
 
     def rows(self) -> None:
         """The table: in each round each row on each system, in turns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -59,6 +60,33 @@ def test_results_come_back_from_their_file(tmp_path: Path) -> None:
     before.save(tmp_path / "deep" / "results.json")
     assert Results.load(tmp_path / "deep" / "results.json") == before
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["results.json"]
+
+
+def test_results_of_before_steal_was_looked_at_can_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    results(ukai__seq_read=[1.5]).save(file)
+    raw = json.loads(file.read_text())
+    for name in ("stolen", "attempts"):
+        del raw["samples"][0][name]
+    file.write_text(json.dumps(raw))
+    (sample,) = Results.load(file).samples
+    assert (sample.value, sample.stolen, sample.attempts) == (1.5, 0, 1)
+
+
+def test_the_run_and_the_page_tell_what_was_measured_again() -> None:
+    found = results(ukai__seq_read=[1.5])
+    found.samples += [
+        Sample("ukai", "seq-read", 1, "MB/s", 2, stolen=0.02, attempts=2),
+        Sample("ukai", "seq-read", 1, "MB/s", 3, stolen=0.021, attempts=3),
+        Sample("plain", "seq-read", 1, "MB/s", stolen=0.001, attempts=3),
+    ]
+    assert found.repeated() == (3, 1)
+    told = "since the host took more than 2 % of the cores' time: 3; kept though it took more: 1."
+    out = io.StringIO()
+    report.show(found, Console(file=out, width=160))
+    assert told in out.getvalue()
+    (line,) = (line for line in page.markdown(found).splitlines() if line.startswith("Measured"))
+    assert told in line
 
 
 @pytest.mark.parametrize(
