@@ -53,10 +53,10 @@ def parse(argv: list[str] | None, env: dict[str, str]) -> argparse.Namespace:
     parser.add_argument("--parts", choices=PARTS, default=None, **words)  # type: ignore[arg-type]
     parser.add_argument("--rows", choices=ALL, default=None, **words)  # type: ignore[arg-type]
     parser.add_argument("--systems", default=None, **words, help="only these")  # type: ignore[arg-type]
-    parser.add_argument("--rounds", type=int, default=QUICK["rounds"] if quick else 3)
+    parser.add_argument("--rounds", type=int, default=QUICK["rounds"] if quick else 5)
     parser.add_argument("--runtime", type=float, default=2.0, help="seconds per row")
     parser.add_argument(
-        "--minutes", type=float, default=14.0, help="what doesn't fit is left out and told; 0: no limit"
+        "--minutes", type=float, default=25.0, help="what doesn't fit is left out and told; 0: no limit"
     )
     parser.add_argument("--peers", action="store_true", default=peers, help="GlusterFS and MooseFS too")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="results; the picture lies beside")

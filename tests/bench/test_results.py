@@ -142,7 +142,7 @@ def test_every_row_has_its_options_once() -> None:
 
 def test_the_command_line() -> None:
     usual = parse([], {})
-    assert (usual.rounds, usual.peers, usual.parts) == (3, False, list(PARTS))
+    assert (usual.rounds, usual.minutes, usual.peers, usual.parts) == (5, 25, False, list(PARTS))
     quick = parse([], {"BENCH_QUICK": "1", "BENCH_PEERS": "0"})
     assert (quick.rounds, quick.peers, quick.rows) == (1, False, QUICK_ROWS)
     chosen = parse(["--rows", "seq-read", "--rounds", "2", "--systems", "ukai", "plain"], {"BENCH_PEERS": "1"})
