@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -125,6 +126,7 @@ def _foreground(cluster: Cluster, keep: Keep, runtime_s: float) -> None:
 def _begin(cluster: Cluster) -> None:
     """A resync of everything, at the default limit."""
     _differ(cluster)
+    os.sync()  # what made it differ is not the resync's
     cluster.ctl("sync", "start", "resync")
 
 
