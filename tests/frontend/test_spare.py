@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.machine import wait_for
+from ukai.frontend import spare
 from ukai.frontend.spare import DEPUTIES, LIMIT, THREADS, Spares
 
 PATIENCE_S = 5
@@ -107,6 +108,7 @@ def read_much(crowd: Crowd, spares: Spares, monkeypatch: pytest.MonkeyPatch) -> 
         return time.monotonic()
 
     monkeypatch.setattr(time, "process_time", process_time)
+    monkeypatch.setattr(spare, "NEEDLESS", 1)
 
     def paused() -> bool:
         crowd.requests.release()
@@ -157,6 +159,22 @@ def test_for_each_thread_that_waits_a_deputy_stands_in(
     assert takes_one(crowd)
     wait_for(lambda: spares._out == 0, "the pause of both", PATIENCE_S)
     assert not takes_one(crowd)
+
+
+def test_a_deputy_that_is_needed_now_and_then_does_not_pause(
+    crowd: Crowd, spares: Spares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_much(crowd, spares, monkeypatch)
+    monkeypatch.setattr(spares, "_set_alone", lambda *_: None)
+    monkeypatch.setattr(spare, "NEEDLESS", 3)
+    crowd.number = 1
+    spares._stand_in()
+    for _ in range(3):
+        for crowd.number in (0, 0, 1):
+            assert not spares._is_needless()
+    crowd.number = 0
+    assert [spares._is_needless() for _ in range(3)] == [False, False, True]
+    spares._all_out()
 
 
 def test_all_deputies_come_back_where_the_processor_is_not_needed(

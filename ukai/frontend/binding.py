@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from ukai.errors import UkaiError
 from ukai.frontend.core import REFUSED
-from ukai.frontend.spare import LEADS, Spares
+from ukai.frontend.spare import LEADS, SMALL_BYTES, Spares
 
 log = logging.getLogger(__name__)
 
@@ -336,7 +336,7 @@ class _Callbacks:
         return 0
 
     def _read(self, path: int | None, buffer: int, size: int, offset: int, info: int) -> int:
-        if (spares := self._spares) is not None:
+        if size <= SMALL_BYTES and (spares := self._spares) is not None:
             spares.served += 1
         memory = self._memory
         return self._fs.read(memory.handle(info), memory.view(buffer, size, _WRITABLE), offset)

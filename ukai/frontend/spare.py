@@ -4,8 +4,8 @@ All of them share one interpreter.  The more there are, the more they take it fr
 answer takes nothing else meanwhile.  So there are three states:
 
 - as a rule ``THREADS``: libfuse's own one and its *deputies*;
-- where much is read and each read needs the processor more than anything else, the threads only hand the interpreter
-  to each other: one makes twice as many reads, and the slowest of them in a tenth of the time.  Then libfuse's own
+- where many small reads are under way, which need the interpreter more than anything else, threads only hand it to
+  each other: one makes two to four times as many, and the slowest of them in a tenth of the time.  Then libfuse's own
   thread is alone, and for each one that waits a deputy stands in;
 - a copy in another data centre answers late, and a disk none of whose copies can be reached waits for ``io_timeout``:
   with all threads waiting, the other disks of this hypervisor would stand still too.  So where all threads wait, and
@@ -30,8 +30,16 @@ REST_S = 0.2
 """Between two looks while there is little to do."""
 IDLE, BUSY = 0.5, 0.7
 """Below, and above, so much of a core of this process, more threads can do more, or only disturb each other."""
-SMALL_S = 60e-6
+ALONE_ENDS, ALONE_BEGINS = 0.45, 0.6
+"""The same for the deputies.  One request at a time takes 0.4 to 0.5 of a core."""
+SMALL_S = 250e-6
 """Where there is less of the processor's time for each read, it is mostly the interpreter's."""
+SMALL_BYTES = 64 * 2**10
+"""Other reads do not count: it is the kernel that works for them, and beside the interpreter."""
+SEVERAL = 0.3
+"""So much less of a core tells the same where several threads wait at the same time."""
+NEEDLESS = 16
+"""A deputy pauses when so many times in a row one more was there than needed: to wake it costs more than to keep it."""
 MARGIN = 2
 """So many threads at least should be free to take requests."""
 
@@ -59,7 +67,7 @@ class Spares:
     def __init__(self, crowd: Crowd) -> None:
         self._crowd = crowd
         self.served = 0
-        """Reads so far, about: the threads count without a lock."""
+        """Small reads so far, about: the threads count without a lock."""
         self._deputies: list[threading.Thread] = []
         self._threads: list[threading.Thread] = []
         self._needed = False
@@ -71,6 +79,7 @@ class Spares:
         """Where deputies pause."""
         self._out = DEPUTIES
         """Deputies that do not."""
+        self._needless = 0
 
     def start(self, serve: Serve) -> None:
         self._crowd.crowd = THREADS - MARGIN
@@ -97,19 +106,21 @@ class Spares:
             waiting = crowd.waiting()
             used_s = time.process_time() - used_s
             busy = used_s / (time.monotonic() - began)
-            self._set_alone(busy, used_s / max(1, self.served - served))
-            if self._adjust(min(waited, waiting), busy, serve) or waiting >= crowd.crowd:
+            constant = min(waited, waiting)
+            self._set_alone(constant, busy, used_s / max(1, self.served - served))
+            if self._adjust(constant, busy, serve) or waiting >= crowd.crowd:
                 crowd.crowded.set()  # who waits already does not say so again
             pause = 0 if self._alone else REST_S
 
     # -- deputies
 
-    def _set_alone(self, busy: float, each_s: float) -> None:
-        """``busy``: how much of a core this process uses; ``each_s``: its time per read."""
-        if not self._alone and busy > BUSY and each_s < SMALL_S:
-            self._alone = True
+    def _set_alone(self, waiting: int, busy: float, each_s: float) -> None:
+        """``waiting``: threads that wait; ``busy``: how much of a core this process uses; ``each_s``: that per read."""
+        several = SEVERAL if waiting > 1 else 0.0
+        if not self._alone and busy > ALONE_BEGINS - several and each_s < SMALL_S:
             self._crowd.stand_in = self._stand_in
-        elif self._alone and (busy < IDLE or each_s > 2 * SMALL_S):
+            self._alone = True
+        elif self._alone and (busy < ALONE_ENDS - several or each_s > 2 * SMALL_S):
             self._all_out()
 
     def _all_out(self) -> None:
@@ -137,9 +148,15 @@ class Spares:
     def _is_needless(self) -> bool:
         """Whether a deputy is to pause now; it is counted as one that does."""
         with self._lock:
-            needless = self._alone and self._out > self._crowd.waiting()
-            self._out -= needless
-        return needless
+            if not self._alone or self._out <= self._crowd.waiting():
+                self._needless = 0
+                return False
+            self._needless += 1
+            if self._needless < NEEDLESS:
+                return False
+            self._needless = 0
+            self._out -= 1
+            return True
 
     # -- spare threads
 
