@@ -162,16 +162,19 @@ def _load(name: str) -> Library:
 
 def _serve(library: Any, session: int, wanted: Callable[[], bool]) -> None:
     """Take requests of the mount, as libfuse's own threads do."""
-    receive, process = library.fuse_session_receive_buf, library.fuse_session_process_buf
+    receive, process, exited = (
+        getattr(library, f"fuse_session_{name}") for name in ("receive_buf", "process_buf", "exited")
+    )
     receive.argtypes = process.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    exited.argtypes = [ctypes.c_void_p]
     buffer = ctypes.create_string_buffer(_FUSE_BUF_BYTES)
     try:
-        while wanted():
+        while wanted() and not exited(session):
             got = receive(session, buffer)
             if got > 0:
                 process(session, buffer)
             elif got not in (-errno.EINTR, -errno.EAGAIN):
-                break  # unmounted: 0, or an error
+                break  # unmounted
     finally:
         _free(ctypes.c_void_p.from_buffer(buffer, _FUSE_BUF_MEM))
 
