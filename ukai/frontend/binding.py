@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import importlib
 import logging
 import os
@@ -21,13 +20,15 @@ from typing import Any, Protocol
 
 from ukai.errors import UkaiError
 from ukai.frontend.core import REFUSED
-from ukai.frontend.spare import LEADS, SMALL_BYTES, Spares
+from ukai.frontend.spare import SMALL_BYTES, Spares
 
 log = logging.getLogger(__name__)
 
 MAX_BACKGROUND = 64
 ATTRIBUTE_SECONDS = 1
 ERRNO_LIMIT = 4096
+NOT_MADE, NOT_MOUNTED, LOOP_FAILED = 3, 4, 8
+"""What fuse_main returns in these cases."""
 _SPLICE = 1 << 7 | 1 << 8 | 1 << 9
 
 INSTALL = {
@@ -107,24 +108,25 @@ class Library:
         """Mount and serve until unmounted; returns libfuse's exit code (0: it was unmounted).
 
         Not on the main thread: there no Python signal handler would run.  ``mounted`` is called once requests
-        are taken.  With ``spares``, and where their number can be bounded, libfuse has few threads of its own.
+        are taken.  With ``spares``, and where libfuse can do that, its own loop has one thread.
         """
-        bounded = spares is not None and self.version >= (3, 12)
-        callbacks = _Callbacks(self.module, filesystem, self.version[0], mounted, spares if bounded else None)
+        if self.version < (3, 12):
+            spares = None
+        callbacks = _Callbacks(self.module, filesystem, self.version[0], mounted, spares)
         operations = callbacks.structure()
         options = ["fsname=ukai", "subtype=ukai", "nosuid", "nodev", f"attr_timeout={ATTRIBUTE_SECONDS}"]
         options.append(f"entry_timeout={ATTRIBUTE_SECONDS}")
         if allow_other:
-            # who may open a disk is what chown and chmod say (libvirt gives it to the machine's user)
+            # who may open a disk is what chmod and chown say (libvirt gives it to the machine's user)
             options += ["allow_other", "default_permissions"]
         if self.version[0] == 2:
             options += ["direct_io", "big_writes", f"max_background={MAX_BACKGROUND}"]
-        elif bounded:
-            # without the second, 3.14 ends each thread after its request
-            options += [f"max_threads={LEADS}", f"max_idle_threads={LEADS}"]
-        words = [b"ukai", b"-f", b"-o", ",".join(options).encode(), os.fsencode(mount_point)]
-        argv = (ctypes.c_char_p * len(words))(*words)
+        words, point = [b"ukai", b"-o", ",".join(options).encode()], os.fsencode(mount_point)
         library = self.module._libfuse
+        if spares is not None:
+            return _run_beside(library, words, operations, point, spares)
+        words += [b"-f", point]
+        argv = (ctypes.c_char_p * len(words))(*words)
         return int(library.fuse_main_real(len(words), argv, ctypes.byref(operations), ctypes.sizeof(operations), None))
 
 
@@ -160,23 +162,62 @@ def _load(name: str) -> Library:
     return Library(name, module, version)
 
 
-def _serve(library: Any, session: int, wanted: Callable[[], bool]) -> None:
-    """Take requests of the mount, as libfuse's own threads do."""
+class _Arguments(ctypes.Structure):
+    """struct fuse_args"""
+
+    _fields_ = (("argc", ctypes.c_int), ("argv", ctypes.POINTER(ctypes.c_char_p)), ("allocated", ctypes.c_int))
+
+
+def _run_beside(library: Any, words: list[bytes], operations: ctypes.Structure, point: bytes, spares: Spares) -> int:
+    """What fuse_main does, with libfuse's loop on this thread and others beside it.
+
+    They have to end after the loop, and before anything of the session is given up: fuse_main leaves no time for that.
+    """
+    for name in ("mount", "loop", "unmount", "destroy"):
+        getattr(library, f"fuse_{name}").argtypes = [ctypes.c_void_p]
+    library.fuse_mount.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    library.fuse_new.restype = ctypes.c_void_p
+    library.fuse_new.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    arguments = _Arguments(len(words), (ctypes.c_char_p * len(words))(*words), 0)
+    fuse = library.fuse_new(ctypes.byref(arguments), ctypes.byref(operations), ctypes.sizeof(operations), None)
+    if not fuse:
+        return NOT_MADE
+    try:
+        if library.fuse_mount(fuse, point) != 0:
+            return NOT_MOUNTED
+        try:
+            return LOOP_FAILED if library.fuse_loop(fuse) else 0
+        finally:
+            spares.close()
+            library.fuse_unmount(fuse)
+    finally:
+        library.fuse_destroy(fuse)
+
+
+def _server(library: Any, session: int) -> Callable[[Callable[[], bool]], None]:
+    """Takes requests of the mount, as libfuse's own threads do, while what it is given says yes.
+
+    The types of libfuse's functions are set once, here: to set them while another thread is in a call is its end.
+    """
     receive, process, exited = (
         getattr(library, f"fuse_session_{name}") for name in ("receive_buf", "process_buf", "exited")
     )
     receive.argtypes = process.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     exited.argtypes = [ctypes.c_void_p]
-    buffer = ctypes.create_string_buffer(_FUSE_BUF_BYTES)
-    try:
-        while wanted() and not exited(session):
-            got = receive(session, buffer)
-            if got > 0:
-                process(session, buffer)
-            elif got not in (-errno.EINTR, -errno.EAGAIN):
-                break  # unmounted
-    finally:
-        _free(ctypes.c_void_p.from_buffer(buffer, _FUSE_BUF_MEM))
+
+    def serve(wanted: Callable[[], bool]) -> None:
+        buffer = ctypes.create_string_buffer(_FUSE_BUF_BYTES)
+        try:
+            while wanted() and not exited(session):
+                got = receive(session, buffer)
+                if got > 0:
+                    process(session, buffer)
+                elif got not in (-errno.EINTR, -errno.EAGAIN):
+                    break  # unmounted
+        finally:
+            _free(ctypes.c_void_p.from_buffer(buffer, _FUSE_BUF_MEM))
+
+    return serve
 
 
 def _guarded(name: str, work: Callable[..., int], seen: threading.local | None) -> Callable[..., int]:
@@ -266,7 +307,7 @@ class _Callbacks:
         work: dict[str, Callable[..., int]] = {name: self._refusal(number) for name, number in REFUSED.items()}
         for name in (
             *("init", "getattr", "readdir", "open", "read", "write", "fsync", "release", "truncate"),
-            *("fallocate", "statfs", "chmod", "chown", "utimens", "destroy"),
+            *("fallocate", "statfs", "chmod", "chown", "utimens"),
         ):
             work[name] = getattr(self, "_" + name)
         if self._major == 2:
@@ -298,7 +339,7 @@ class _Callbacks:
             config.contents.nullpath_ok = 1
             config.contents.direct_io = 1
         if self._spares is not None:
-            self._spares.start(functools.partial(_serve, self._module._libfuse, self._session()))
+            self._spares.start(_server(self._module._libfuse, self._session()))
         self._mounted()
         return 0
 
@@ -308,12 +349,6 @@ class _Callbacks:
         session = library.fuse_get_session
         session.argtypes, session.restype = [ctypes.c_void_p], ctypes.c_void_p
         return int(session(library.fuse_get_context().contents.fuse))
-
-    def _destroy(self, *_: Any) -> int:
-        """After the mount has ended, and before libfuse forgets its session."""
-        if self._spares is not None:
-            self._spares.close()
-        return 0
 
     def _getattr(self, path: bytes | None, buffer: Any, info: Any = None) -> int:
         fields = self._fs.getattr(path, info.contents.fh if info else None)
