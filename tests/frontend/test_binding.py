@@ -82,6 +82,31 @@ def test_auto_prefers_libfuse3() -> None:
     assert binding.load("auto").name == "mfusepy"
 
 
+def test_what_is_kept_of_libfuse_s_memory_shows_what_is_there_now() -> None:
+    handle = binding.load("mfusepy").module.fuse_file_info
+    memory, info, buffer = binding._Memory(handle), handle(), ctypes.create_string_buffer(16)
+    address = ctypes.addressof(buffer)
+    view = memory.view(address, 16, binding._WRITABLE)
+    view[0] = 7
+    assert buffer.raw[0] == 7
+    assert memory.view(address, 16, binding._WRITABLE) is view
+    assert memory.view(address, 16, binding._READ_ONLY).readonly
+    assert len(memory.view(address, 8, binding._WRITABLE)) == 8
+    for number in (1, 2**64 - 1):
+        info.fh = number
+        assert memory.handle(ctypes.addressof(info)) == number
+
+
+def test_libfuse_s_memory_is_not_kept_without_end() -> None:
+    handle = binding.load("mfusepy").module.fuse_file_info
+    memory, infos = binding._Memory(handle), (handle * 1)()
+    buffer = ctypes.create_string_buffer(2 * binding._REMEMBERED)
+    for size in range(1, 2 * binding._REMEMBERED):
+        memory.view(ctypes.addressof(buffer), size, binding._READ_ONLY)
+        memory.handle(ctypes.addressof(infos))
+        assert len(memory._views) <= binding._REMEMBERED
+
+
 def test_fusepy_gets_fallocate_where_libfuse_looks_for_it() -> None:
     module = binding.load("fusepy").module
     full = binding._with_fallocate(module)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ukai import page
+from ukai.frontend import borrower
+from ukai.frontend.borrower import Borrower, LentFile
 from ukai.frontend.shortcut import Loan, Shortcut
 from ukai.loans import NOT_LENT, ZEROS
 from ukai.page import MappedPage
@@ -42,6 +47,30 @@ def test_a_lent_block_is_read(shortcut: Shortcut) -> None:
     assert zeros.file is None
     assert shortcut.loan(0, 0, 10, NOW) is None
     assert Shortcut().loan(1, 50, 10, NOW) is None
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_read_that_has_to_wait_for_a_disk_is_told(
+    in_memory: bool, tmp_path: Path, lent: MappedPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others take requests meanwhile."""
+    (tmp_path / "block").write_bytes(b"x" * 100)
+    fd = os.open(tmp_path / "block", os.O_RDONLY)
+    lent.lease[0] = time.monotonic() + 60
+    shortcut, told, into = Shortcut(), list[str](), bytearray(10)
+    shortcut.take(1, Loan(lent, 7, LentFile(fd), fd))
+    if not in_memory:
+        monkeypatch.setattr(borrower, "_at_once", lambda *_: False)
+
+    @contextlib.contextmanager
+    def waits() -> Iterator[None]:
+        told.append("begin")
+        yield
+        told.append("end")
+
+    assert Borrower("nowhere", 10).read(shortcut, 1, 20, 84, memoryview(into), waits)
+    assert into == b"x" * 10
+    assert told == ([] if in_memory else ["begin", "end"])
 
 
 def test_what_ends_a_loan_between_the_two_looks(shortcut: Shortcut, lent: MappedPage) -> None:
