@@ -7,6 +7,8 @@ import errno
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -80,6 +82,31 @@ def test_each_binding_gets_its_library(name: str, major: int) -> None:
 
 def test_auto_prefers_libfuse3() -> None:
     assert binding.load("auto").name == "mfusepy"
+
+
+@pytest.mark.parametrize(
+    ("result", "order"),
+    [
+        (0, "new mount loop others unmount destroy"),
+        (-5, "new mount loop unmount others unmount destroy"),  # nothing else ends the waiting of the others
+    ],
+)
+def test_other_threads_end_after_the_loop_and_before_the_session(result: int, order: str) -> None:
+    calls: list[str] = []
+
+    def function(name: str, returns: int) -> Any:
+        def called(*_: object) -> int:
+            calls.append(name)
+            return returns
+
+        return called
+
+    names = {"new": 1, "mount": 0, "loop": result, "unmount": 0, "destroy": 0}
+    library = SimpleNamespace(**{f"fuse_{name}": function(name, returns) for name, returns in names.items()})
+    others: Any = SimpleNamespace(close=function("others", 0))
+    operations = binding.load("mfusepy").module.fuse_operations()
+    assert bool(binding._run_beside(library, [b"ukai"], operations, b"/nowhere", others)) == bool(result)
+    assert calls == order.split()
 
 
 def test_what_is_kept_of_libfuse_s_memory_shows_what_is_there_now() -> None:

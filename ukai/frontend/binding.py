@@ -185,11 +185,12 @@ def _run_beside(library: Any, words: list[bytes], operations: ctypes.Structure, 
     try:
         if library.fuse_mount(fuse, point) != 0:
             return NOT_MOUNTED
-        try:
-            return LOOP_FAILED if library.fuse_loop(fuse) else 0
-        finally:
-            spares.close()
-            library.fuse_unmount(fuse)
+        failed = library.fuse_loop(fuse) != 0
+        if failed:
+            library.fuse_unmount(fuse)  # or the others would wait for requests for ever
+        spares.close()
+        library.fuse_unmount(fuse)
+        return LOOP_FAILED if failed else 0
     finally:
         library.fuse_destroy(fuse)
 
