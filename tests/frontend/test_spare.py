@@ -101,7 +101,7 @@ def test_they_end_when_they_only_disturb_each_other(
 
 
 def read_much(crowd: Crowd, spares: Spares, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many reads, each of which needs little but the processor; returns when all deputies pause."""
+    """Many reads, each of which needs little but the processor; returns when all deputies pause, and none is left."""
 
     def process_time() -> float:
         spares.served += 1000
@@ -116,6 +116,8 @@ def read_much(crowd: Crowd, spares: Spares, monkeypatch: pytest.MonkeyPatch) -> 
 
     wait_for(paused, "all deputies to pause", PATIENCE_S)
     assert crowd.stand_in is not None
+    while crowd.requests.acquire(blocking=False):
+        pass
 
 
 def takes_one(crowd: Crowd) -> bool:
@@ -132,8 +134,6 @@ def test_deputies_pause_where_reads_need_the_interpreter(
     crowd: Crowd, spares: Spares, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_much(crowd, spares, monkeypatch)
-    while crowd.requests.acquire(blocking=False):
-        pass
     assert not takes_one(crowd)
 
 
@@ -141,8 +141,6 @@ def test_for_each_thread_that_waits_a_deputy_stands_in(
     crowd: Crowd, spares: Spares, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_much(crowd, spares, monkeypatch)
-    while crowd.requests.acquire(blocking=False):
-        pass
     monkeypatch.setattr(spares, "_set_alone", lambda *_: None)
     for number in (1, 2):
         crowd.number = number
@@ -185,8 +183,6 @@ def test_all_deputies_come_back_where_the_processor_is_not_needed(
     monkeypatch.setattr(time, "process_time", lambda: 0.0)
     wait_for(lambda: spares._out == DEPUTIES, "all deputies", PATIENCE_S)
     assert crowd.stand_in is None
-    while crowd.requests.acquire(blocking=False):
-        pass
     assert takes_one(crowd)
 
 

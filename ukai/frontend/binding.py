@@ -173,7 +173,7 @@ def _run_beside(library: Any, words: list[bytes], operations: ctypes.Structure, 
 
     They have to end after the loop, and before anything of the session is given up: fuse_main leaves no time for that.
     """
-    for name in ("mount", "loop", "unmount", "destroy"):
+    for name in ("loop", "unmount", "destroy"):
         getattr(library, f"fuse_{name}").argtypes = [ctypes.c_void_p]
     library.fuse_mount.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     library.fuse_new.restype = ctypes.c_void_p

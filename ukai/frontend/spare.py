@@ -85,7 +85,7 @@ class Spares:
         self._watcher = threading.Thread(target=self._watch, args=(serve,), name="spares", daemon=True)
         self._watcher.start()
         for _ in range(DEPUTIES):
-            deputy = threading.Thread(target=self._deputy, args=(serve,), name="deputy", daemon=True)
+            deputy = threading.Thread(target=serve, args=(self._deputy_wanted,), name="deputy", daemon=True)
             deputy.start()
             self._deputies.append(deputy)
 
@@ -138,10 +138,6 @@ class Spares:
                 self._out += 1
                 self._pause.release()
 
-    def _deputy(self, serve: Serve) -> None:
-        serve(self._deputy_wanted)
-        self._end.set()  # the mount has ended, and its descriptor may be closed before another one has seen that
-
     def _deputy_wanted(self) -> bool:
         """Asked by a deputy before it takes a request; it may have to pause first."""
         if self._alone and self._is_needless():
@@ -169,15 +165,12 @@ class Spares:
         if waiting >= THREADS + count - MARGIN and busy < IDLE:
             self._needed = True
             for _ in range(min(waiting, LIMIT - count)):
-                thread = threading.Thread(target=serve, args=(self._spare_wanted,), name="spare", daemon=True)
+                thread = threading.Thread(target=serve, args=(lambda: self._needed,), name="spare", daemon=True)
                 thread.start()
                 self._threads.append(thread)
         elif waiting < THREADS // 2 or busy > BUSY:
             self._needed = False  # each ends after its next request
         return self.count()
-
-    def _spare_wanted(self) -> bool:
-        return self._needed and not self._end.is_set()
 
     def close(self) -> None:
         """The mount has ended: none of these threads gets another request."""
